@@ -19,7 +19,7 @@ def merge_with_peft(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from qgraft.merging.calibration import find_rows
-    from qgraft.merging.measure import mean_divergence, mean_loss, states_of
+    from qgraft.merging.measure import compare, states_of
     from qgraft.passes.decoder import output_head
     from qgraft.sizes import peak_memory_bytes
 
@@ -45,12 +45,13 @@ def merge_with_peft(
     wrapped.merge_and_unload()
     seconds = time.perf_counter() - began
     merged = states()
-    losses = [mean_loss(each[0], each[1], head) for each in (base, with_adapter, merged)]
+    before, task = (compare(p[0], q[0], head, p[1]) for p, q in ((base, with_adapter), (with_adapter, merged)))
+    losses = [*before.losses, task.losses[1]]
     return {
         "retained_gain": (losses[0] - losses[2]) / (losses[0] - losses[1]), "base": losses[0], "adapter": losses[1],
-        "merged": losses[2], "task_kl": mean_divergence(with_adapter[0], merged[0], head),
-        "drift_kl": mean_divergence(with_adapter[2], merged[2], head),
-        "adapter_kl": mean_divergence(base[2], with_adapter[2], head), "rows": len(chosen.measure),
+        "merged": losses[2], "task_kl": task.divergence,
+        "drift_kl": compare(with_adapter[2], merged[2], head).divergence,
+        "adapter_kl": compare(base[2], with_adapter[2], head).divergence, "rows": len(chosen.measure),
         "distilled_steps": 0, "calibration_tokens": 0, "seconds": seconds, "peak_mb": peak_memory_bytes() / 1e6,
     }  # fmt: skip
 

@@ -30,7 +30,7 @@ import qgraft
 from qgraft.adapters.targets import find_targets, lora_layers
 from qgraft.formats import quantize, unpack
 from qgraft.merging.calibration import DRIFT_TOKENS, _up_to, neutral_samples
-from qgraft.merging.measure import mean_loss, states_of
+from qgraft.merging.measure import compare, states_of
 from qgraft.passes.decoder import output_head
 
 RESULTS = Path(__file__).with_name("results") / "three_ways.csv"
@@ -144,7 +144,8 @@ def losses(model: Any, tokenizer: Any, task: str) -> tuple[float, float]:
     """(on held-out rows of the task, on unrelated text), nats a token."""
     held = qgraft.evaluate(model, tokenizer, TASKS[task]()[1]).loss
     text = _up_to(neutral_samples(tokenizer)[1::2], DRIFT_TOKENS)
-    return held, mean_loss(*states_of(model, text), output_head(model))
+    states, labels = states_of(model, text)
+    return held, compare(states, states, output_head(model), labels).losses[0]
 
 
 def plot() -> None:

@@ -5,9 +5,9 @@
     spread     p p p  c c  | p p p  r r r   what attention sees: two texts, each a sample
 
 All that goes token by token, which is nearly everything, computes the prompt once. Attention alone has whole texts before
-it: queries, keys and values are copied into them, and of what comes out the prompt's copy is left behind. So any kernel for
-attention sample by sample serves. Gradients of a token are summed over its copies, at most two, by gathering: the same bits
-every time, on a GPU too, where scattered sums come in any order.
+it: queries, keys and values are copied into them, and of what comes out the prompt's copies are left behind, but for the
+first. So any kernel for attention sample by sample serves. Gradients of a token are summed over its copies by gathering: the
+same bits every time, on a GPU too, where scattered sums come in any order.
 
     texts                      prompt 40, answers 60 tokens    100, 50     200, 40
     tokens of a pair alone                  200                  300         480
@@ -29,35 +29,33 @@ class SharedPrompts:
 
     Attributes:
         places: [E], of each token of the texts its place in the row.
-        first, second: [T], of each token of the row its first and its second place in the texts; E where there is no second.
-        owners: [E], as `places`, but T for a copy.
+        copies: [C, T], of each token of the row its places in the texts, in their order; E where there are no more.
+        owners: [E], as `places`, but T for a copy other than the first.
         bounds: [texts + 1], where each text starts, and the end; on the CPU.
     """
 
     places: Tensor
-    first: Tensor
-    second: Tensor
+    copies: Tensor
     owners: Tensor
     bounds: Tensor
 
     @classmethod
     def of(cls, texts: Sequence[Sequence[int]], tokens: int) -> "SharedPrompts":
-        """Of the places of each text's tokens in a row of so many; each place is in one or two texts."""
+        """Of the places of each text's tokens in a row of so many; each place is in one text at least."""
         places = [place for text in texts for place in text]
-        first, second, owners = [-1] * tokens, [len(places)] * tokens, list(places)
+        copies, owners = [list[int]() for _ in range(tokens)], list(places)
         for number, place in enumerate(places):
-            if first[place] < 0:
-                first[place] = number
-            else:
-                second[place], owners[number] = number, tokens
+            if copies[place]:
+                owners[number] = tokens
+            copies[place].append(number)
+        most = max(map(len, copies), default=0)
+        padded = torch.tensor([each + [len(places)] * (most - len(each)) for each in copies]).T.contiguous()
         bounds = torch.tensor([0, *map(len, texts)]).cumsum(0)
-        return cls(torch.tensor(places), torch.tensor(first), torch.tensor(second), torch.tensor(owners), bounds)
+        return cls(torch.tensor(places), padded, torch.tensor(owners), bounds)
 
     def to(self, device: torch.device) -> "SharedPrompts":
         """The same on a device, but for the bounds."""
-        parts = {
-            name: getattr(self, name).to(device, non_blocking=True) for name in ("places", "first", "second", "owners")
-        }
+        parts = {name: getattr(self, name).to(device, non_blocking=True) for name in ("places", "copies", "owners")}
         return SharedPrompts(**parts, bounds=self.bounds)
 
     def spread(self, row: Tensor) -> Tensor:
@@ -81,8 +79,11 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Sums the copies."""
-        again = F.pad(grad, (0, 0, 0, 1)).index_select(2, ctx.shared.second)
-        return grad.index_select(2, ctx.shared.first) + again, None
+        first, *more = ctx.shared.copies
+        total, padded = grad.index_select(2, first), F.pad(grad, (0, 0, 0, 1))
+        for each in more:
+            total += padded.index_select(2, each)
+        return total, None
 
 
 class _Gathered(torch.autograd.Function):
@@ -90,7 +91,7 @@ class _Gathered(torch.autograd.Function):
     def forward(ctx: Any, texts: Tensor, shared: SharedPrompts) -> Tensor:
         """See SharedPrompts.gathered."""
         ctx.shared = shared
-        return texts.index_select(1, shared.first)
+        return texts.index_select(1, shared.copies[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -33,7 +33,7 @@ from qgraft.formats import (
 )
 from qgraft.kernels import choose, linear, linear_bf16, linear_grad_input, linear_int8
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
-from qgraft.merging.layer import Inputs, merge_layer
+from qgraft.merging.layer import merge_layer, seen
 
 GROUP = 32
 LEVELS = [  # of NF4 (arXiv:2305.14314), as in bitsandbytes
@@ -305,8 +305,7 @@ def test_a_delta_is_merged_into_them(name: str, method: str) -> None:
     delta = normal(16, 4) @ normal(4, 128) * 4e-4
     x = normal(900, 24) @ (torch.logspace(0, -2, 24)[:, None] * normal(24, 128)) + 0.01 * normal(900, 128)
     fit, held = x[:700], x[700:]
-    H = fit.T @ fit / 700
-    merged, report = merge_layer("layer", packed, delta, Inputs(H, H, held, held), method)
+    merged, report = merge_layer("layer", packed, delta, seen(fit.clone(), fit.clone(), held, held), method)
     assert (merged.format, merged.shape, merged.nbytes) == (name, packed.shape, packed.nbytes)
     base = dequantize(packed, torch.float32).double()
     wanted = held.double() @ (base + delta.double()).T

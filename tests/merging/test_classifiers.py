@@ -16,7 +16,7 @@ import qgraft
 from qgraft.data.label_samples import LabelSample
 from qgraft.data.label_schemes import SEVERAL, SINGLE, LabelScheme
 from qgraft.errors import DataError, UnsupportedError
-from qgraft.merging.measure import mean_divergence, mean_loss, states_of
+from qgraft.merging.measure import compare, states_of
 from qgraft.merging.outputs import outputs_of
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz")
@@ -148,14 +148,16 @@ def test_what_is_compared_is_what_transformers_says(folders):
         assert [outputs.rows(sample) for sample in samples] == [len(each) for each in expected]
         head, other = outputs.head(model), states + 0.3 * torch.arange(states.shape[1])
         if problem == SEVERAL:
-            assert mean_loss(states, targets, head) == pytest.approx(
+            assert compare(states, states, head, targets).losses[0] == pytest.approx(
                 float(F.binary_cross_entropy_with_logits(logits[:, 0], targets.double())), rel=1e-5
             )
             p, q = logits.sigmoid(), (other.double()).sigmoid()
             apart = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-            assert mean_divergence(states, other, head) == pytest.approx(float(apart.mean()), rel=1e-4, abs=1e-7)
+            assert compare(states, other, head).divergence == pytest.approx(float(apart.mean()), rel=1e-4, abs=1e-7)
         else:
-            assert mean_loss(states, targets, head) == pytest.approx(float(F.cross_entropy(logits, targets)), rel=1e-5)
+            assert compare(states, states, head, targets).losses[0] == pytest.approx(
+                float(F.cross_entropy(logits, targets)), rel=1e-5
+            )
 
 
 def test_a_merge_solves_and_measures(folders):
@@ -173,7 +175,7 @@ def test_a_merge_solves_and_measures(folders):
     assert report.kept.labels == 60 and all(layer.effect_kept > 0.2 for layer in report.layers)
     merged = states_of(model, samples)[0]
     head = outputs_of(model).head(model)
-    assert mean_divergence(adapter, merged, head) == pytest.approx(report.kept.task_kl, rel=1e-3)
+    assert compare(adapter, merged, head).divergence == pytest.approx(report.kept.task_kl, rel=1e-3)
 
 
 def outputs_samples(model, tokenizer, rows):

@@ -33,12 +33,11 @@ from qgraft.merging.distill import (
     _FreeMinimums,
     _FreeScales,
     _Labels,
-    _lost,
     _ScaleFunction,
     distill,
 )
 from qgraft.merging.layer import has_fine_reals, has_grid
-from qgraft.merging.measure import in_place, mean_divergence, states_of
+from qgraft.merging.measure import Compared, compare, in_place, states_of
 from qgraft.merging.merge import merge
 from qgraft.merging.near_rows import near_rows
 from qgraft.passes.decoder import output_head
@@ -227,7 +226,7 @@ def shaken_merge(model: Any) -> dict[str, PackedTensor]:
 def divergence(model: Any, merged: Mapping[str, PackedTensor], samples: Any, targets: Tensor) -> float:
     with in_place(dict(lora_layers(model)), merged), adapters_off(model):
         states, _ = states_of(model, samples)
-    return mean_divergence(targets, states, output_head(model))
+    return compare(targets, states, output_head(model)).divergence
 
 
 def silent(done: int, total: int) -> None:
@@ -366,8 +365,9 @@ def test_what_labels_lost_is_the_difference_of_the_losses_where_they_weigh(train
         states_q, _ = states_of(model, samples)
     weights = label_weights(collate(samples))
     adapter, base = losses(task)
-    assert _lost(states_p, states_q, labels, weights, output_head(model)) == pytest.approx(base - adapter, rel=1e-4)
-    assert _lost(states_p, states_p, labels, torch.zeros_like(weights), output_head(model)) == 0.0
+    known, got = compare(states_p, states_q, output_head(model), labels, weights).losses
+    assert got - known == pytest.approx(base - adapter, rel=1e-4)
+    assert compare(states_p, states_q, output_head(model), labels, torch.zeros_like(weights)).losses == (0.0, 0.0)
 
 
 def test_distilling_gives_the_labels_back_what_they_lost(trained, rows, monkeypatch):
@@ -382,7 +382,8 @@ def test_distilling_gives_the_labels_back_what_they_lost(trained, rows, monkeypa
     for packed in (merged, by_divergence, distilled):
         with in_place(layers, packed), adapters_off(model):
             states, _ = states_of(model, samples)
-        lost.append(_lost(targets, states, labels, weights, output_head(model)))
+        known, got = compare(targets, states, output_head(model), labels, weights).losses
+        lost.append(got - known)
     assert lost[0] > lost[1] > lost[2] > 0
 
 
@@ -422,11 +423,12 @@ def test_a_round_is_judged_with_the_rest_of_the_merge_in_place(trained, rows, mo
     targets, _ = states_of(model, chosen.judge)
     seen: list[float] = []
 
-    def spied(*args: Any) -> float:
-        seen.append(mean_divergence(*args))
-        return seen[-1]
+    def spied(*args: Any) -> Compared:
+        compared = compare(*args)
+        seen.append(compared.divergence)
+        return compared
 
-    monkeypatch.setattr("qgraft.merging.distill.mean_divergence", spied)
+    monkeypatch.setattr("qgraft.merging.distill.compare", spied)
     monkeypatch.setattr("qgraft.merging.distill.PASSES", 1)
     better, steps = Distillation(model, layers, others, chosen).round(solved, silent)
     assert better.keys() == solved.keys()

@@ -17,7 +17,7 @@ from qgraft.merging import calibration, finish
 from qgraft.merging.calibration import Calibration, find_rows
 from qgraft.merging.exact import merge_exactly
 from qgraft.merging.finish import DRIFT, LAST_ROUNDS, ROUNDS, TARGET, WORTH_IT, wanting
-from qgraft.merging.measure import Measurement, mean_divergence, mean_loss, states_of
+from qgraft.merging.measure import Measurement, compare, states_of
 from qgraft.merging.merge import merge
 from qgraft.merging.report import Kept
 from qgraft.passes.decoder import output_head
@@ -239,7 +239,8 @@ def test_a_merge_that_learned_from_the_rows_that_measured_says_so(trained, rows,
     assert told in words and f"loss on {report.kept.rows} rows of the calibration set: base" in words
     assert report.as_dict()["kept"]["before"] == report.kept.before
     chosen = find_rows(model, tokenizer, rows, None, [], {}, 0)
-    loss = mean_loss(*states_of(model, chosen.measure), output_head(model))  # of the model as it is now
+    states, labels = states_of(model, chosen.measure)
+    loss = compare(states, states, output_head(model), labels).losses[0]  # of the model as it is now
     assert loss == pytest.approx(report.kept.merged, rel=1e-4)
 
 
@@ -273,5 +274,5 @@ def test_layers_merged_in_closed_form_stay_so_beside_others_that_are_distilled(t
     assert {each.path for each in report.layers if each.steps == ("exact",)} == exact.keys()
     for path, packed in exact.items():
         assert torch.equal(model.get_submodule(path).packed.parts[0], packed.parts[0])
-    apart = mean_divergence(wanted, states_of(model, chosen.measure)[0], output_head(model))
+    apart = compare(wanted, states_of(model, chosen.measure)[0], output_head(model)).divergence
     assert report.kept.task_kl == pytest.approx(apart, rel=1e-3)

@@ -15,14 +15,15 @@ from qgraft.merging.layer import (
     CHAINS,
     DAMPING,
     METHODS,
-    FewInputs,
     Inputs,
+    Wanted,
     check_method,
     collapse,
     merge_layer,
     merge_nearest,
     seen,
 )
+from qgraft.merging.problem import TokenProblem
 
 WRITABLE = [name for name, each in FORMATS.items() if each.quantize is not None]
 GRIDS = [name for name in WRITABLE if FORMATS[name].unpack is not None]
@@ -45,7 +46,7 @@ def a_layer(format_: str, out: int = 24) -> tuple[PackedTensor, Tensor, Inputs]:
     x_a = normal(900, 24) @ directions + 0.01 * normal(900, WIDTH)
     x_m = x_a + 0.02 * x_a.std() * normal(900, WIDTH)
     fit_a, fit_m, held_a, held_m = x_a[:700], x_m[:700], x_a[700:], x_m[700:]
-    return packed, delta, Inputs(fit_m.T @ fit_m / 700, fit_a.T @ fit_m / 700, held_a, held_m)
+    return packed, delta, seen(fit_a.clone(), fit_m.clone(), held_a, held_m)
 
 
 def held_error(weight: Tensor, packed: PackedTensor, delta: Tensor, inputs: Inputs) -> float:
@@ -88,18 +89,39 @@ def test_wide_layers_of_few_tokens_keep_the_tokens_and_pose_the_same_problem(mon
     generator = torch.Generator().manual_seed(2)
     x_a, x_m = (torch.randn(tokens, WIDTH, generator=generator) for _ in range(2))
     target, w = (0.05 * torch.randn(5, WIDTH, generator=generator) for _ in range(2))
-    inputs = seen(x_a, x_m, x_a[:3], x_m[:3])
-    assert isinstance(inputs, FewInputs if 2 * tokens < WIDTH else Inputs)
+    inputs = seen(x_a.clone(), x_m.clone(), x_a[:3], x_m[:3])
+    problem = inputs.problem(target)
+    assert inputs.few == isinstance(problem, TokenProblem) == (2 * tokens < WIDTH)
     assert torch.equal(inputs.held_a, x_a[:3]) and torch.equal(inputs.held_m, x_m[:3])
     a, m = x_a.double(), x_m.double()
     H, noise = m.T @ m / tokens, DAMPING * float(m.square().sum()) / tokens / WIDTH
     expected = w.double() @ H - target.double() @ (a.T @ m / tokens) + noise * (w - target).double()
-    got = inputs.problem(target).gradient(w)
-    assert float((got - expected).norm()) < 1e-5 * float(expected.norm())
+    wanted = Wanted((a @ target.double().T).float() * tokens**-0.5, x_a[:3] @ target.T)
+    for posed in (problem, inputs.problem(target, wanted)):
+        assert float((posed.gradient(w) - expected).norm()) < 1e-5 * float(expected.norm())
     H.diagonal().add_(noise)
-    assert float((inputs.problem(target).H - H).norm()) < 1e-5 * float(H.norm())
+    assert float((problem.H - H).norm()) < 1e-5 * float(H.norm())
     monkeypatch.setattr(layer_module, "WIDE", WIDTH + 1)
-    assert isinstance(seen(x_a, x_m, x_a, x_m), Inputs)
+    assert not inputs.few
+
+
+@pytest.mark.parametrize("out", [24, WIDTH])
+def test_the_moments_with_the_wanted_outputs_are_the_same_by_way_of_the_smaller_matrix(out):
+    """24 rows by the outputs, which may be known; as many as inputs by what the inputs of both models have in common."""
+    packed, delta, inputs = a_layer("q4_1", out)
+    target = dequantize(packed, torch.float32) + delta
+    X_a, X_m, t = (each.double() for each in (inputs.X_a, inputs.X_m, target))
+    known = Wanted((X_a @ t.T).float(), inputs.held_a @ target.T)
+    noise = DAMPING * float(X_m.square().sum()) / WIDTH
+    expected = t @ X_a.T @ X_m + noise * t
+    for wanted in (None, known):
+        P = inputs.problem(target, wanted).P
+        assert float((P - expected).norm()) < 1e-6 * float(expected.norm())
+    assert ("C" in vars(inputs)) == (out == WIDTH)
+    merged, _ = merge_layer("x", packed, delta, inputs, "scales", lambda rows: known)
+    alone, _ = merge_layer("x", packed, delta, inputs, "scales")
+    one, other = (dequantize(each, torch.float32) for each in (merged, alone))
+    assert float((one - other).norm()) < 0.02 * float((one - target + delta).norm())
 
 
 @pytest.mark.parametrize(
@@ -141,9 +163,22 @@ def test_a_step_that_does_worse_on_tokens_it_has_not_seen_is_not_taken(format_):
     off = torch.linalg.qr(delta.T).Q[:, :4]  # the delta lives there; take it out of the held-out tokens
     held = inputs.held_a - inputs.held_a @ off @ off.T
     for method in CHAINS:
-        merged, report = merge_layer("x", packed, delta, Inputs(inputs.H, inputs.C, held, held), method)
+        merged, report = merge_layer("x", packed, delta, Inputs(inputs.X_a, inputs.X_m, held, held), method)
         assert torch.equal(merged.parts[0], packed.parts[0]) and report.steps == () and report.codes_changed == 0
         assert report.error == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("format_", "larger"), [("q4_1", 1), ("q8_0", 40)])
+def test_some_rows_tell_whether_requantizing_may_help(monkeypatch, format_, larger):
+    packed, delta, inputs = a_layer(format_, out=200)
+    rows, requantize = [], layer_module._requantize
+    monkeypatch.setattr(layer_module, "_requantize", lambda *args: rows.append(len(args[1])) or requantize(*args))
+    merged, report = merge_layer("x", packed, larger * delta, inputs, "auto")
+    assert rows == ([67] if format_ == "q4_1" else [67, 200])
+    assert ("nearest" in report.steps) == (format_ == "q8_0")
+    monkeypatch.setattr(layer_module, "TRIED_ROWS", 200)  # all or nothing
+    assert torch.equal(merge_layer("x", packed, larger * delta, inputs, "auto")[0].parts[0], merged.parts[0])
+    assert rows[-1] == 200
 
 
 @pytest.mark.parametrize("format_", sorted(TYPES))
@@ -194,8 +229,8 @@ def test_float_formats_take_the_delta_as_it_is(format_, method):
 
 def test_a_delta_of_zeros_changes_nothing():
     packed, delta, inputs = a_layer("q4_1")
-    H = inputs.held_a.T @ inputs.held_a / len(inputs.held_a)
-    merged, report = merge_layer("x", packed, 0 * delta, Inputs(H, H, inputs.held_a, inputs.held_a), "auto")
+    a = inputs.held_a
+    merged, report = merge_layer("x", packed, 0 * delta, seen(a.clone(), a.clone(), a, a), "auto")
     assert torch.equal(merged.parts[0], packed.parts[0])
     assert report.delta_in_steps == report.codes_changed == 0.0
 

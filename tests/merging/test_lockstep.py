@@ -17,12 +17,13 @@ from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, quantize
 from qgraft.linear import QuantizedLinear
 from qgraft.merging import lockstep, outputs
-from qgraft.merging.layer import Inputs, LayerReport
+from qgraft.merging.layer import Inputs, LayerReport, Wanted
 from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.merge import merge
 
 LENGTHS, HELD_LENGTHS = (17, 40, 9, 33), (21, 12)
 Solve = Callable[..., tuple[PackedTensor, LayerReport]]
+KnownOutputs = Callable[[slice], Wanted]
 
 
 def random_samples(vocabulary: int, lengths: tuple[int, ...], seed: int) -> list[Sample]:
@@ -64,15 +65,21 @@ def recorded(monkeypatch: pytest.MonkeyPatch, solve: Solve) -> dict[str, Inputs]
     """The inputs that each layer's solver is given from now on."""
     inputs: dict[str, Inputs] = {}
 
-    def record(path: str, packed: PackedTensor, delta: Tensor, given: Inputs, method: str) -> Any:
-        inputs[path] = Inputs(*(each.clone() for each in (given.H, given.C, given.held_a, given.held_m)))
-        return solve(path, packed, delta, given, method)
+    def record(path: str, packed: PackedTensor, delta: Tensor, given: Inputs, method: str, wanted: KnownOutputs) -> Any:
+        inputs[path] = given
+        rows = slice(3, len(delta) - 2)  # as of a panel
+        known, target = wanted(rows), (dequantize(packed, torch.float32) + delta)[rows]
+        torch.testing.assert_close(known.fit, given.X_a @ target.T, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(known.held, given.held_a @ target.T, rtol=1e-3, atol=1e-4)
+        return solve(path, packed, delta, given, method, wanted)
 
     monkeypatch.setattr(lockstep, "merge_layer", record)
     return inputs
 
 
-def not_merging(path: str, packed: PackedTensor, delta: Tensor, given: Inputs, method: str) -> Any:
+def not_merging(
+    path: str, packed: PackedTensor, delta: Tensor, given: Inputs, method: str, wanted: KnownOutputs
+) -> Any:
     return packed, LayerReport(path, packed.format, 0.0, 0.0, None, ())
 
 
@@ -156,6 +163,44 @@ def test_layers_without_the_adapter_compute_as_they_are(trained, monkeypatch):
     with adapters_off(model):
         m = inputs_of(model, [*samples, *held])
     check_inputs(got, a, m, sum(LENGTHS))
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_samples_that_begin_alike_count_as_often_as_they_are(trained, monkeypatch, merges):
+    """Their beginnings pass once for each stream; the moments are those of all tokens, the judging ones' as well."""
+    model, _ = trained().load()
+    prompt = random_samples(model.config.vocab_size, (14,), 5)[0].input_ids
+    plain, plain_held = (random_samples(model.config.vocab_size, *each) for each in ((LENGTHS, 0), (HELD_LENGTHS, 1)))
+    samples, held = (
+        [
+            Sample([*prompt, *s.input_ids], [-100] * 14 + s.input_ids, s.source) if n % 3 else s
+            for n, s in enumerate(each)
+        ]
+        for each in (plain * 2, plain_held * 2)
+    )
+    a = inputs_of(model, [*samples, *held])
+    got = recorded(monkeypatch, lockstep.merge_layer if merges else not_merging)
+    rows: list[int] = []
+    row_of = lockstep.row_of
+    monkeypatch.setattr(lockstep, "row_of", lambda *args: rows.append(len((row := row_of(*args)).ids)) or row)
+    packed, _ = merge_in_step(model, *work_of(model), samples, held, "scales", lambda _: None)
+    assert rows == [len({(*s.input_ids[: n + 1],) for s in [*samples, *held] for n in range(s.length)})]
+    for path, layer in lora_layers(model):
+        layer.replace(packed[path])
+    with adapters_off(model):
+        m = inputs_of(model, [*samples, *held])
+    calibrating = sum(sample.length for sample in samples)
+    for path, inputs in got.items():
+        judging = len(a[path]) - calibrating
+        for name, tensor, of, tokens in (
+            ("H", inputs.H, m[path][:calibrating], calibrating),
+            ("held_m", inputs.held_m.T @ inputs.held_m / len(inputs.held_m), m[path][calibrating:], judging),
+            ("held_a", inputs.held_a.T @ inputs.held_a / len(inputs.held_a), a[path][calibrating:], judging),
+        ):
+            expected = of.T @ of / tokens
+            assert float((tensor - expected).norm() / expected.norm()) < 2e-5, (path, name)
+        crossed = a[path][:calibrating].T @ m[path][:calibrating] / calibrating
+        assert float((inputs.C - crossed).norm() / crossed.norm()) < 2e-5, path
 
 
 def test_the_padded_way_solves_the_same_problems(trained, monkeypatch):

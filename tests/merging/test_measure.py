@@ -8,7 +8,7 @@ from torch import Tensor
 import qgraft
 from qgraft.adapters.choose import adapters_off
 from qgraft.data.tokenizing import Sample
-from qgraft.merging.measure import CHUNK_ROWS, mean_divergence, mean_loss, states_of
+from qgraft.merging.measure import CHUNK_ROWS, compare, states_of
 from qgraft.passes.decoder import output_head
 
 
@@ -39,7 +39,6 @@ def test_loss_and_divergence_are_those_of_the_models_own_logits(trained, archite
     logits, expected_labels = own_logits(model, samples)
     assert torch.equal(labels, expected_labels) and len(labels) > CHUNK_ROWS
     expected = float(F.cross_entropy(logits, labels))
-    assert mean_loss(states, labels, head) == pytest.approx(expected, rel=1e-5)
     with adapters_off(model):
         others, _ = states_of(model, samples)
         other_logits, _ = own_logits(model, samples)
@@ -47,10 +46,17 @@ def test_loss_and_divergence_are_those_of_the_models_own_logits(trained, archite
     forward = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     backward = float((log_q.exp() * (log_q - log_p)).sum(-1).mean())
     assert forward != pytest.approx(backward, rel=0.01)
-    tolerance = {"rel": 1e-3, "abs": 1e-6}
-    assert mean_divergence(states, others, head) == pytest.approx(forward, **tolerance)
-    assert mean_divergence(others, states, head) == pytest.approx(backward, **tolerance)
-    assert mean_divergence(states, states, head) == pytest.approx(0.0, abs=1e-6)
+    other_loss, tolerance = float(F.cross_entropy(other_logits, labels)), {"rel": 1e-3, "abs": 1e-6}
+    compared = compare(states, others, head, labels)
+    assert compared.losses == pytest.approx((expected, other_loss), rel=1e-5)
+    assert compared.divergence == pytest.approx(forward, **tolerance)
+    assert compared.same == float((logits.argmax(-1) == other_logits.argmax(-1)).double().mean())
+    assert compare(others, states, head).divergence == pytest.approx(backward, **tolerance)
+    weights = torch.linspace(0.0, 2.0, len(labels))
+    weighted = weights.double() @ F.cross_entropy(other_logits, labels, reduction="none") / weights.double().sum()
+    assert compare(states, others, head, labels, weights).losses[1] == pytest.approx(float(weighted), rel=1e-5)
+    itself = compare(states, states, head)
+    assert itself.divergence == pytest.approx(0.0, abs=1e-6) and itself.same == 1.0
 
 
 def test_measuring_leaves_no_graph_and_the_models_attention(trained):
@@ -66,5 +72,5 @@ def test_no_labels_are_no_loss():
         return states
 
     empty = torch.empty(0, 5)
-    assert mean_loss(empty, torch.empty(0, dtype=torch.int64), head) == 0.0
-    assert mean_divergence(empty, empty, head) == 0.0
+    compared = compare(empty, empty, head, torch.empty(0, dtype=torch.int64))
+    assert compared.losses == (0.0, 0.0) and compared.divergence == 0.0

@@ -197,6 +197,8 @@ def _descend_block(R_BO: Tensor, codes_BO: Tensor, steps_BO: Tensor, H_BB: Tenso
 
 def descend_integers(grid: Grid, problem: AnyProblem) -> Grid:
     """Coordinate descent on the integers of groups: scales and minimums of sub-groups, zero points. E never rises."""
+    if grid.sub_scales is None and grid.sub_minimums is None and grid.zeros is None:
+        return grid
     residual = problem.residual(grid.weight())
     low, high = grid.sub_low, grid.sub_high
     if grid.sub_scales is not None:

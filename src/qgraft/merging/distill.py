@@ -57,12 +57,10 @@ from qgraft.merging.calibration import Calibration
 from qgraft.merging.exact import with_minimums
 from qgraft.merging.layer import has_fine_reals
 from qgraft.merging.lockstep import standing_in
-from qgraft.merging.measure import CHUNK_ROWS, Packed, in_place, mean_divergence, states_of, summed_divergence
+from qgraft.merging.measure import CHUNK_ROWS, Packed, compare, in_place, states_of, summed_divergence
 from qgraft.merging.near_rows import near_rows
 from qgraft.merging.outputs import Outputs, outputs_of
-from qgraft.passes.decoder import Head
 from qgraft.passes.labels import classifier_of
-from qgraft.passes.loss import weighted_cross_entropy
 
 PASSES = 2  # of a round
 PASS_TOKENS = 256  # of a step
@@ -143,9 +141,9 @@ class Distillation:
             states, labels = states_of(self._model, self._rows.judge)
         outputs = outputs_of(self._model)
         (every,) = outputs.batches(self._rows.judge, sys.maxsize)
-        head, weights = outputs.head(self._model), _weights_of(outputs, every, states)
-        lost = _lost(self._judge, states, labels, weights, head)
-        return mean_divergence(self._judge, states, head) + max(0.0, lost)
+        compared = compare(self._judge, states, outputs.head(self._model), labels, _weights_of(outputs, every, states))
+        known, got = compared.losses
+        return compared.divergence + max(0.0, got - known)
 
 
 def distill(
@@ -268,13 +266,6 @@ def _backward(
         share = lost.share(float(missed.detach() - known) / total) if total else 0.0
         ((summed_divergence(wanted, got) + share * missed) / len(targets)).backward()
     states.backward(free.grad, inputs=parameters)  # not into adapters of layers that are not distilled
-
-
-@torch.no_grad()
-def _lost(states_p: Tensor, states_q: Tensor, labels: Tensor, weights: Tensor, head: Head) -> float:
-    """The mean of log p_label - log q_label over labels that weigh something, in nats; 0 where none does."""
-    known, got = (float(weighted_cross_entropy(each, labels, weights, head)[0]) for each in (states_p, states_q))
-    return (got - known) / max(float(weights.sum()), 1e-9)
 
 
 def _weights_of(outputs: Outputs, batch: Batch, states: Tensor) -> Tensor:

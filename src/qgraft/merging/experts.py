@@ -22,7 +22,7 @@ from qgraft.errors import UnsupportedError
 from qgraft.experts import ExpertStack, Routed
 from qgraft.formats import PackedTensor, dequantize, fitting_format, join_rows, quantize
 from qgraft.kernels import linear
-from qgraft.merging.layer import FewInputs, Inputs, LayerReport, merge_layer, merge_nearest, seen
+from qgraft.merging.layer import Inputs, LayerReport, merge_layer, merge_nearest, seen
 
 FEWEST, FEWEST_JUDGING = 32, 8  # pairs of inputs that an expert is solved and judged with
 ROUNDED = "grid"  # the method for the others
@@ -150,7 +150,7 @@ def _columns(outputs: slice, y: Tensor) -> Tensor:
 
 def _pairs(
     x: Tensor, tokens: Tensor, count: int, calibrates: Tensor, judges: Tensor
-) -> Inputs | FewInputs | None:  # fmt: skip
+) -> Inputs | None:  # fmt: skip
     """An expert's inputs of the tokens that both streams send to it; None where these are too few."""
     at = torch.full((2 * count,), -1, dtype=torch.int64, device=x.device)
     at[tokens] = torch.arange(len(tokens), device=x.device)
@@ -162,7 +162,7 @@ def _pairs(
 
 
 def _merged(
-    path: str, stack: StackToMerge, expert: int, inputs: Inputs | FewInputs | None, method: str
+    path: str, stack: StackToMerge, expert: int, inputs: Inputs | None, method: str
 ) -> tuple[PackedTensor, LayerReport]:
     if inputs is None:
         return _rounded(path, stack, expert, ROUNDED)

@@ -15,6 +15,7 @@ direction, of which the judging tokens see only a part, so it has to win clearly
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Final, NamedTuple
 
@@ -42,9 +43,10 @@ CHAINS: Final[dict[str, tuple[Algorithm, ...]]] = {
 DAMPING = 0.02  # see Problem.damped
 CLEARLY = 0.25  # of the squared error without merging: requantizing must be better than that to be where auto starts
 WIDE = 2048  # inputs of a layer from which on its problem may be kept by its tokens
-MOMENT_PANELS = 4  # of columns
+MOMENT_PANELS = 8  # of columns
 FINE = 2.0**-7  # between stored numbers, as a share of them: bfloat16
 PANEL_BYTES = 64 << 20  # of a panel's weights in float32
+TRIED_ROWS = 64  # that are requantized first, to see whether it may help: in a coarse format it never does
 METHODS = (*CHAINS, "nearest", "grid")
 """auto and its parts; nearest: requantize; grid: requantize with the base's own scales."""
 
@@ -54,28 +56,8 @@ class Inputs:
     """What calibration showed of a layer's inputs. a: in the adapter's model, m: in the merged one up to this layer.
 
     Attributes:
-        H: [in, in], X_m^T X_m / T.
-        C: [in, in], X_a^T X_m / T.
+        X_a, X_m: [T, in] float32, over the root of T.
         held_a, held_m: [n, in], tokens kept back to judge by.
-    """
-
-    H: Tensor
-    C: Tensor
-    held_a: Tensor
-    held_m: Tensor
-
-    def problem(self, target_OI: Tensor) -> Problem:
-        """What is to be solved for some rows of the target W + delta."""
-        return Problem(self.H, target_OI @ self.C).damped(target_OI, DAMPING)
-
-
-@dataclass(frozen=True, eq=False)
-class FewInputs:
-    """The same of a wide layer that few tokens have passed: the tokens themselves.
-
-    Attributes:
-        X_a, X_m: [T, in], over the root of T.
-        held_a, held_m: see Inputs.
     """
 
     X_a: Tensor
@@ -83,20 +65,51 @@ class FewInputs:
     held_a: Tensor
     held_m: Tensor
 
-    def problem(self, target_OI: Tensor) -> TokenProblem:
-        """See Inputs."""
-        noise = DAMPING * float(self.X_m.square().sum()) / self.X_m.shape[1]
-        return TokenProblem(self.X_m, self.X_a @ target_OI.T, target_OI, noise)
+    @property
+    def few(self) -> bool:
+        """Whether the tokens of a wide layer are less than their moments."""
+        tokens, width = self.X_m.shape
+        return width >= WIDE and 2 * tokens < width
+
+    @cached_property
+    def H(self) -> Tensor:
+        """[in, in], X_m^T X_m."""
+        return _second_moments(self.X_m)
+
+    @cached_property
+    def C(self) -> Tensor:
+        """[in, in], X_a^T X_m; layers that are given the same inputs share it."""
+        return self.X_a.T @ self.X_m
+
+    def problem(self, target_OI: Tensor, wanted: "Wanted | None" = None) -> Problem | TokenProblem:
+        """What is to be solved for some rows of the target W + delta, whose outputs may be known."""
+        rows, width = target_OI.shape
+        if not self.few and rows >= width:  # else the outputs are the smaller matrix
+            return Problem(self.H, target_OI @ self.C).damped(target_OI, DAMPING)
+        Y = self.X_a @ target_OI.T if wanted is None else wanted.fit
+        if self.few:
+            noise = DAMPING * float(self.X_m.square().sum()) / width
+            return TokenProblem(self.X_m, Y, target_OI, noise)
+        return Problem(self.H, Y.T @ self.X_m).damped(target_OI, DAMPING)
 
 
-def seen(x_a: Tensor, x_m: Tensor, held_a: Tensor, held_m: Tensor) -> Inputs | FewInputs:
-    """A layer's inputs [T, in] in the form in which their problem is the smaller one."""
-    tokens, width = x_m.shape
-    if width >= WIDE and 2 * tokens < width:
-        root = max(tokens, 1) ** -0.5
-        return FewInputs(x_a * root, x_m * root, held_a, held_m)
-    tokens = max(tokens, 1)
-    return Inputs(_second_moments(x_m).div_(tokens), (x_a.T @ x_m).div_(tokens), held_a, held_m)
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What a layer should give: the outputs of W + delta on the adapter's inputs, without bias.
+
+    Attributes:
+        fit: [T, out] float32, of X_a.
+        held: [n, out], of held_a.
+    """
+
+    fit: Tensor
+    held: Tensor
+
+
+def seen(x_a: Tensor, x_m: Tensor, held_a: Tensor, held_m: Tensor) -> Inputs:
+    """A layer's inputs, each [tokens, in] float32 in memory of its own."""
+    root = max(len(x_m), 1) ** -0.5
+    return Inputs(x_a.mul_(root), x_m.mul_(root), held_a, held_m)
 
 
 def _second_moments(x_TI: Tensor) -> Tensor:
@@ -170,8 +183,9 @@ def merge_layer(
     path: str,
     packed: PackedTensor,
     delta_OI: Tensor | Callable[[slice], Tensor],
-    inputs: Inputs | FewInputs,
+    inputs: Inputs,
     method: str,
+    wanted: Callable[[slice], Wanted] | None = None,
 ) -> tuple[PackedTensor, LayerReport]:
     """Solve for bytes whose outputs on the merged model's inputs are those of W + delta on the adapter's.
 
@@ -181,6 +195,7 @@ def merge_layer(
         packed: the base's weight W.
         delta_OI: float32 [out, in], or what gives some rows of it.
         method: a key of CHAINS.
+        wanted: gives the outputs of some rows of W + delta, where they are known.
 
     Returns the merged weight in the same format, and what was done.
     """
@@ -190,7 +205,7 @@ def merge_layer(
             take_rows(packed, torch.arange(rows.start, rows.stop, device=packed.device)) if is_large(packed) else packed
         )
         delta = delta_OI[rows] if isinstance(delta_OI, Tensor) else delta_OI(rows)
-        panels.append(_merge_panel(part, delta, inputs, method))
+        panels.append(_merge_panel(part, delta, inputs, method, None if wanted is None else wanted(rows)))
     return join_rows([panel.packed for panel in panels]), _joined(path, packed, panels)
 
 
@@ -228,20 +243,20 @@ class _Sizes(NamedTuple):
     rows: int
 
 
-def _merge_panel(packed: PackedTensor, delta_OI: Tensor, inputs: Inputs | FewInputs, method: str) -> _Panel:
+def _merge_panel(packed: PackedTensor, delta_OI: Tensor, inputs: Inputs, method: str, wanted: Wanted | None) -> _Panel:
     base_OI = dequantize(packed, torch.float32)
     target_OI = base_OI + delta_OI
-    held = inputs.held_a @ target_OI.T  # [n, out], what the outputs should be
+    held = inputs.held_a @ target_OI.T if wanted is None else wanted.held  # [n, out], what the outputs should be
     unmerged = _held_error(base_OI, inputs, held)
     del base_OI
     if not has_grid(packed):
         merged = quantize(target_OI, packed.format)
         error = _held_error(dequantize(merged, torch.float32), inputs, held)
         return _Panel(merged, ("nearest",), error, unmerged, _sizes(packed, merged, delta_OI))
-    problem = inputs.problem(target_OI)
+    problem = inputs.problem(target_OI, wanted)
     best, least = unpack(packed), unmerged
     kept: list[str] = []
-    if method == "auto":
+    if method == "auto" and _may_round(packed, target_OI, inputs, held):
         rounded = unpack(_requantize(packed, target_OI))
         error = _held_error(rounded.weight(), inputs, held)
         if error < CLEARLY * unmerged:
@@ -259,6 +274,17 @@ def _merge_panel(packed: PackedTensor, delta_OI: Tensor, inputs: Inputs | FewInp
             kept.append(algorithm.__name__)
     merged = pack(best, packed.format)
     return _Panel(merged, tuple(kept), least, unmerged, _sizes(packed, merged, delta_OI))
+
+
+def _may_round(packed: PackedTensor, target_OI: Tensor, inputs: Inputs, held: Tensor) -> bool:
+    """Whether requantizing comes anywhere near CLEARLY better on some rows from all over."""
+    step = len(target_OI) // TRIED_ROWS
+    if step < 2 or not FORMATS[packed.format].by_rows:
+        return True
+    some = take_rows(packed, torch.arange(0, len(target_OI), step, device=packed.device))
+    wanted, rounded = held[:, ::step], _requantize(some, target_OI[::step])
+    error, unmerged = (_held_error(dequantize(each, torch.float32), inputs, wanted) for each in (rounded, some))
+    return error < 2 * CLEARLY * unmerged
 
 
 def _requantize(packed: PackedTensor, w_OI: Tensor) -> PackedTensor:
@@ -281,7 +307,7 @@ def has_fine_reals(packed: PackedTensor) -> bool:
     return torch.finfo(row.real_dtype).eps <= FINE
 
 
-def _held_error(w_OI: Tensor, inputs: Inputs | FewInputs, held: Tensor) -> float:
+def _held_error(w_OI: Tensor, inputs: Inputs, held: Tensor) -> float:
     """Summed squared error of the outputs on the tokens kept back."""
     return float((inputs.held_m @ w_OI.T).sub_(held).square_().sum(dtype=torch.float64))
 

@@ -12,6 +12,9 @@ adapter's model computes: errors are repaired on the way instead of adding up. (
 the gain is kept, against 97.7 % when every layer is solved on the adapter's own inputs.) GPTAQ (arXiv:2504.02692) does
 the same to quantize a model.
 
+Within a stream samples share the tokens that they begin with (passes/beginnings.py); one that stands for n is multiplied
+by the root of n where moments and errors are formed of it.
+
 It needs nothing of an architecture but its forward pass: the streams are samples of one batch, and a LoraLinear is
 replaced by a module that splits what it gets in halves. Not chosen: running block after block by hand, as the usual
 quantizers do, which must know what the blocks of each architecture take.
@@ -19,6 +22,7 @@ quantizers do, which must know what the blocks of each architecture take.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,20 +32,20 @@ from transformers import PreTrainedModel
 from qgraft.adapters.lora import LoraLinear
 from qgraft.adapters.targets import lora_layers
 from qgraft.attention import SAMPLES, attention_of
-from qgraft.data.batches import collate
-from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor
 from qgraft.kernels import linear
 from qgraft.linear import in_stored_order
 from qgraft.mapped import release
 from qgraft.merging.experts import StackToMerge, standing_in_experts
-from qgraft.merging.layer import FewInputs, Inputs, LayerReport, is_large, merge_layer, seen
+from qgraft.merging.layer import Inputs, LayerReport, Wanted, is_large, merge_layer, seen
 from qgraft.merging.outputs import Outputs, outputs_of
 from qgraft.merging.store import WorkDir
-from qgraft.passes.decoder import attention_arguments
+from qgraft.passes.beginnings import Row, multiplicities, row_of
+from qgraft.passes.log_probs import sharing_arguments
+from qgraft.shared_prompts import SharedPrompts
 
-JUDGING_TOKENS = 512  # that judge each step of each layer
+JUDGING_TOKENS = 384  # that judge each step of each layer
 _NO_INPUTS = "method nearest and method grid need no inputs"
 
 
@@ -85,14 +89,17 @@ def merge_in_step(
         standing_in(model, starts, split),
         standing_in_experts(stacks, method, tokens, pass_.done),
     ):
-        alone = problem is None and attention_of(model) == SAMPLES
-        if alone:  # else a mask over all tokens of one row would be as large as their square
-            batch, pass_.calibrates, pass_.judges = _in_one_row(samples, held)
-        else:
-            batch, pass_.calibrates, pass_.judges = _padded(outputs, samples, held)
-        pass_.judges = _thinned(pass_.judges, JUDGING_TOKENS)
+        bounds: dict[str, Any] = {}
+        if problem is None and attention_of(model) == SAMPLES:
+            row = row_of([sample.input_ids for sample in [*samples, *held]], outputs.shares and not stacks)
+            batch, shared = _in_one_row(row)
+            bounds = sharing_arguments(model, batch["position_ids"], shared)
+            parts = row.texts[: len(samples)], row.texts[len(samples) :]
+            calibrate, judge = (multiplicities(texts, len(row.ids)) for texts in parts)
+        else:  # a mask over all tokens of one row would be as large as their square
+            batch, calibrate, judge = _padded(outputs, samples, held)
+        pass_.counted(calibrate, _thinned(judge, JUDGING_TOKENS))
         batch = {key: value.to(model.device) for key, value in batch.items()}
-        bounds = attention_arguments(model, batch["position_ids"]) if alone else {}
         release(*model.buffers())  # which trials of padding_free may have passed
         outputs.reach(model, batch, bounds)
     if missed := [path for path in [*starts, *stacks] if path not in pass_.packed]:
@@ -110,9 +117,15 @@ class _Pass:
         self.method, self.progress, self.work = method, progress, work
         self.found = {} if work is None else work.found
         self.calibrates = self.judges = torch.empty(0, dtype=torch.bool)  # which tokens of a stream do
+        self._roots: tuple[Tensor | None, Tensor | None] = (None, None)
         self.packed: dict[str, PackedTensor] = {}
         self.layers: list[LayerReport] = []
-        self._last: tuple[Tensor, Inputs | FewInputs] | None = None
+        self._last: tuple[Tensor, Inputs] | None = None
+
+    def counted(self, calibrate: Tensor, judge: Tensor) -> None:
+        """How many samples calibrate with each token of a stream, and judge, [tokens] int64."""
+        self.calibrates, self.judges = calibrate > 0, judge > 0
+        self._roots = _roots(calibrate[self.calibrates]), _roots(judge[self.judges])
 
     def done(self, path: str, merged: PackedTensor, report: LayerReport) -> None:
         """Take what became of a layer."""
@@ -120,13 +133,20 @@ class _Pass:
         self.layers.append(report)
         self.progress(report)
 
-    def inputs(self, x: Tensor, x_a: Tensor, x_m: Tensor) -> Inputs | FewInputs:
-        """The moments of a layer's inputs; q, k and v, and gate and up, are given the same tensor and share them."""
+    def inputs(self, x: Tensor, x_a: Tensor, x_m: Tensor) -> Inputs:
+        """A layer's inputs; q, k and v, and gate and up, are given the same tensor and share their moments."""
         if self._last is None or self._last[0] is not x:
             self._last = None  # its memory is needed
-            parts = [each[tokens].float() for tokens in (self.calibrates, self.judges) for each in (x_a, x_m)]
-            self._last = x, seen(*parts)
+            kinds = zip((self.calibrates, self.judges), self._roots, strict=True)
+            self._last = x, seen(*(_weighed(each[tokens], root) for tokens, root in kinds for each in (x_a, x_m)))
         return self._last[1]
+
+    def wanted(self, y_a: Tensor, bias: Tensor | None, rows: slice) -> Wanted:
+        """Some of the outputs [tokens, out] of the adapter's layer, as the layer's inputs are kept."""
+        calibrates, judges = self._roots
+        y = y_a[:, rows] if bias is None else y_a[:, rows] - bias[rows].float()
+        fit = _weighed(y[self.calibrates], calibrates)
+        return Wanted(fit.mul_(max(len(fit), 1) ** -0.5), _weighed(y[self.judges], judges))
 
 
 class _SplitLayer(nn.Module):
@@ -150,17 +170,18 @@ class _SplitLayer(nn.Module):
             )
         x = in_stored_order(self.layer.base, x)
         stored_a, stored_m = x.reshape(-1, x.shape[-1]).chunk(2)
-        merged = self._merged(x, stored_a, stored_m)
-        y_a, y_m = self.layer(x_a), linear(stored_m, merged)
-        if (bias := self.layer.base.bias) is not None:
+        y_a, bias = self.layer(x_a), self.layer.base.bias
+        merged = self._merged(x, stored_a, stored_m, y_a)
+        y_m = linear(stored_m, merged)
+        if bias is not None:
             y_m = y_m + bias.to(y_m.dtype)
         release(*self.layer.packed.parts, *merged.parts)  # the pass comes here once
         return torch.cat([y_a, y_m]).view(*x.shape[:-1], self.out_features)
 
-    def _merged(self, x: Tensor, x_a: Tensor, x_m: Tensor) -> PackedTensor:
+    def _merged(self, x: Tensor, x_a: Tensor, x_m: Tensor, y_a: Tensor) -> PackedTensor:
         pass_ = self.pass_
         found = pass_.found.get(self.path)
-        merged, report = found or self._solve(pass_.inputs(x, x_a, x_m))
+        merged, report = found or self._solve(pass_.inputs(x, x_a, x_m), self._wanted(y_a))
         if found is None:
             pass_.done(self.path, merged, report)
         else:
@@ -168,9 +189,15 @@ class _SplitLayer(nn.Module):
             pass_.layers.append(report)
         return merged
 
-    def _solve(self, inputs: Inputs | FewInputs) -> tuple[PackedTensor, LayerReport]:
+    def _wanted(self, y_a: Tensor) -> Callable[[slice], Wanted] | None:
+        """What the layer should give; None where its own outputs are rounded, by steps that are larger than a delta."""
+        if y_a.dtype != torch.float32 or self.layer.base.compute != "float32":
+            return None
+        return partial(self.pass_.wanted, y_a, self.layer.base.bias)
+
+    def _solve(self, inputs: Inputs, wanted: Callable[[slice], Wanted] | None) -> tuple[PackedTensor, LayerReport]:
         delta = self.delta if is_large(self.start) else self.delta()
-        merged, report = merge_layer(self.path, self.start, delta, inputs, self.pass_.method)
+        merged, report = merge_layer(self.path, self.start, delta, inputs, self.pass_.method, wanted)
         if self.pass_.work is not None:
             merged = self.pass_.work.keep(self.path, merged, report)
         return merged, report
@@ -192,26 +219,34 @@ def standing_in(
 
 
 def _thinned(chosen: Tensor, most: int) -> Tensor:
-    """At most so many of the chosen tokens, from all over."""
-    places = chosen.nonzero()[:, 0]
+    """At most so many of the tokens that count, from all over."""
+    places = chosen.nonzero()[:, 0][:: -(-int((chosen > 0).sum()) // most) or 1]
     thinned = torch.zeros_like(chosen)
-    thinned[places[:: -(-len(places) // most) or 1]] = True
+    thinned[places] = chosen[places]
     return thinned
 
 
-def _in_one_row(samples: Sequence[Sample], held: Sequence[Sample]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The samples twice in one padding-free row, and which tokens of a stream calibrate and which judge."""
-    both = [*samples, *held]
-    batch = collate([*both, *both])
-    first = sum(len(sample.input_ids) for sample in samples)
-    calibrates = torch.arange(batch["input_ids"].shape[1] // 2) < first
-    return {key: batch[key] for key in ("input_ids", "position_ids")}, calibrates, ~calibrates
+def _roots(counts: Tensor) -> Tensor | None:
+    """What tokens that stand for so many are multiplied by for their sums of squares to be means of all; None for 1."""
+    if bool((counts == 1).all()):
+        return None
+    return (counts / counts.double().mean()).sqrt().float()[:, None]
+
+
+def _weighed(x: Tensor, root: Tensor | None) -> Tensor:
+    return x.float() if root is None else x.float().mul_(root.to(x.device))
+
+
+def _in_one_row(row: Row) -> tuple[dict[str, Tensor], SharedPrompts | None]:
+    """The samples twice in one padding-free row."""
+    ids, positions = (torch.tensor([each * 2]) for each in (row.ids, row.positions))
+    return {"input_ids": ids, "position_ids": positions}, row.shared(streams=2)
 
 
 def _padded(outputs: Outputs, samples: Sequence[Any], held: Sequence[Any]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The samples twice as padded rows, where samples of one row are not attended to one by one."""
+    """The samples twice as padded rows, where those of one row are not attended to one by one, and the tokens that count."""
     rows = outputs.padded([*samples, *held])
     mask = rows["attention_mask"].bool()
-    calibrates, judges = mask.clone(), mask.clone()
-    calibrates[len(samples) :], judges[: len(samples)] = False, False
+    calibrates, judges = mask.long(), mask.long()
+    calibrates[len(samples) :], judges[: len(samples)] = 0, 0
     return {key: torch.cat([value, value]) for key, value in rows.items()}, calibrates.flatten(), judges.flatten()

@@ -1,8 +1,8 @@
 """What was kept: losses on the task's rows, and how far two models are apart on any rows.
 
 Everything comes from the states at label positions (outputs.py), which are small enough to keep for three models at
-once; logits are formed a few rows at a time. The head is the same for all of them: merging leaves an output layer alone, and
-a classifier has the adapter's meanwhile.
+once; logits are formed a few rows at a time, once for each model: they cost as much as a third of the layers before them. The
+head is the same for all of them: merging leaves an output layer alone, and a classifier has the adapter's meanwhile.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,7 +24,6 @@ from qgraft.merging.calibration import Calibration
 from qgraft.merging.outputs import outputs_of
 from qgraft.merging.report import Kept
 from qgraft.passes.decoder import Head
-from qgraft.passes.loss import summed_cross_entropy
 
 PASS_TOKENS = 1024
 CHUNK_ROWS = 128  # of logits at a time
@@ -48,28 +48,33 @@ class Measurement:
     ) -> None:
         self._model, self._layers, self._rows = model, layers, rows
         with adapters_off(model):
-            self._base = self._states()
+            base = self._states()
         self._adapter = self._states()
+        self._before = self._compared(base, self._adapter)
 
     def kept(self, packed: Packed) -> Kept:
         """What is kept of the adapter's gain when the layers hold these weights."""
         with in_place(self._layers, packed), adapters_off(self._model):
             merged = self._states()
-        outputs = outputs_of(self._model)
-        base, adapter, head = self._base, self._adapter, outputs.head(self._model)
+        (before, before_drift), (task, drift) = self._before, self._compared(self._adapter, merged)
         return Kept(
-            base=mean_loss(base.task, base.labels, head),
-            adapter=mean_loss(adapter.task, adapter.labels, head),
-            merged=mean_loss(merged.task, merged.labels, head),
-            task_kl=mean_divergence(adapter.task, merged.task, head),
-            drift_kl=mean_divergence(adapter.drift, merged.drift, head),
-            adapter_kl=mean_divergence(base.drift, adapter.drift, head),
+            base=before.losses[0],
+            adapter=before.losses[1],
+            merged=task.losses[1],
+            task_kl=task.divergence,
+            drift_kl=drift.divergence,
+            adapter_kl=before_drift.divergence,
             rows=len(self._rows.measure),
-            labels=len(base.labels),
+            labels=len(merged.labels),
             held_out=self._rows.held_out,
-            same_token=same_token(adapter.task, merged.task, head),
-            unit=outputs.unit,
+            same_token=task.same,
+            unit=outputs_of(self._model).unit,
         )
+
+    def _compared(self, p: States, q: States) -> tuple["Compared", "Compared"]:
+        """Two models on the task and on unrelated text."""
+        head = outputs_of(self._model).head(self._model)
+        return compare(p.task, q.task, head, p.labels), compare(p.drift, q.drift, head)
 
     def _states(self) -> States:
         return States(*states_of(self._model, self._rows.measure), states_of(self._model, self._rows.drift)[0])
@@ -99,31 +104,49 @@ def states_of(model: PreTrainedModel, samples: Sequence[Sample]) -> tuple[Tensor
     return torch.cat(states), torch.cat(labels)
 
 
-def mean_loss(states_NH: Tensor, labels_N: Tensor, head: Head) -> float:
-    """Cross-entropy in nats a label."""
-    with torch.no_grad():
-        return float(summed_cross_entropy(states_NH, labels_N, head)) / max(len(labels_N), 1)
+@dataclass(frozen=True)
+class Compared:
+    """Two models p and q, by what they say at some positions.
+
+    Attributes:
+        losses: cross-entropies of both, in nats a label; 0 without labels that weigh something.
+        divergence: KL(p || q) in nats a position.
+        same: the share of the positions at which both find the same token likeliest.
+    """
+
+    losses: tuple[float, float]
+    divergence: float
+    same: float
 
 
 @torch.no_grad()
-def mean_divergence(states_p: Tensor, states_q: Tensor, head: Head) -> float:
-    """KL(p || q) in nats a position, of two models by their last hidden states [positions, hidden]."""
-    total = 0.0
-    for p, q in zip(states_p.split(CHUNK_ROWS), states_q.split(CHUNK_ROWS), strict=True):
-        total += float(summed_divergence(head(p), head(q)))
-    return total / max(len(states_p), 1)
-
-
-@torch.no_grad()
-def same_token(states_p: Tensor, states_q: Tensor, head: Head) -> float:
-    """The share of positions at which two models find the same token likeliest."""
-    same = 0
-    for p, q in zip(states_p.split(CHUNK_ROWS), states_q.split(CHUNK_ROWS), strict=True):
-        same += int((head(p).argmax(-1) == head(q).argmax(-1)).sum())
-    return same / max(len(states_p), 1)
+def compare(
+    states_p: Tensor, states_q: Tensor, head: Head, labels_N: Tensor | None = None, weights_N: Tensor | None = None
+) -> Compared:
+    """Two models by their last hidden states [positions, hidden], and the labels there, with what each weighs (None: 1)."""
+    count = max(len(states_p), 1)
+    losses, divergence, same = [0.0, 0.0], 0.0, 0
+    whole = count if weights_N is None else max(float(weights_N.sum()), 1e-9)
+    for start in range(0, len(states_p), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        log_p, log_q = (_log_probs(head(states[rows])) for states in (states_p, states_q))
+        if labels_N is not None:
+            for number, log in enumerate((log_p, log_q)):
+                each = F.nll_loss(log, labels_N[rows], reduction="none")
+                losses[number] += float(each.sum() if weights_N is None else weights_N[rows] @ each)
+        same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+        divergence += float(_divergence(log_p, log_q))
+    return Compared((losses[0] / whole, losses[1] / whole), divergence / count, same / count)
 
 
 def summed_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     """The sum over rows of KL(softmax(p) || softmax(q)), a float32 scalar."""
-    log_p, log_q = torch.log_softmax(logits_p.float(), -1), torch.log_softmax(logits_q.float(), -1)
-    return torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return _divergence(_log_probs(logits_p), _log_probs(logits_q))
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits.float(), -1)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)

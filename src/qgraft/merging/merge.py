@@ -14,6 +14,7 @@ The original bytes are kept for that (views of the mapped file, so they cost no 
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain, count
@@ -57,6 +58,7 @@ from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.measure import Measurement, Packed, in_place
 from qgraft.merging.merged import Merged, merged_of, put_back
 from qgraft.merging.needed_rows import no_rows, rows_to_measure, rows_to_solve
+from qgraft.merging.outputs import outputs_of
 from qgraft.merging.report import Kept, MergeReport, check_kept
 from qgraft.merging.store import WorkDir, held, identity
 from qgraft.merging.token_rows import Written, rows_written
@@ -152,7 +154,7 @@ def _merge(
         chosen, unmeasured = rows_to_solve(find, method) if solves else rows_to_measure(find, speaks, *given)
     deltas = {path: partial(_delta, layer, weights, starts[path]) for path, layer in solved.items()}
     kept, steps = None, 0
-    with evaluating(model), heads_lent(model, weights), bar_on(console) as bar:
+    with evaluating(model), heads_lent(model, weights), _together(model, chosen), bar_on(console) as bar:
         about = partial(identity, model, weights, method=method, to=to, seed=seed)
         changed: dict[str, LoraLinear | ExpertStack] = {
             **layers,
@@ -191,6 +193,14 @@ def _merge(
     check_kept(report, min_retained, "f16" if info and info.container == "folder" else "q8_0")
     _replace(model, {**others, **done}, weights, rows)
     return report
+
+
+def _together(model: PreTrainedModel, chosen: Calibration | None) -> AbstractContextManager[str | None]:
+    """Within the block samples share passes where they can, which is found out once for all that a merge does with them."""
+    if chosen is None:
+        return nullcontext()
+    samples = [*chosen.fit, *chosen.judge, *chosen.measure, *chosen.drift, *chain.from_iterable(chosen.further)]
+    return outputs_of(model).together(model, samples)
 
 
 def _kept_with(measurement: Measurement, others: Packed, done: Packed) -> Kept:

@@ -8,8 +8,9 @@ Several labels of a text are a choice between two for each of them: softmax(0, l
 divergences are those of next tokens. A number (regression) is no choice, and not merged by what it says.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,18 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qgraft.data.batches import IGNORED, Batch, collate, count_labels, label_weights, neighbours, split_batch
+from qgraft.data.batches import IGNORED, Batch, neighbours
 from qgraft.data.label_samples import LabelSample, collate_texts
 from qgraft.data.label_schemes import SEVERAL
 from qgraft.data.tokenizing import Sample
 from qgraft.model_parts import argument_names, decoder_of
-from qgraft.passes.decoder import Head, label_states, output_head, padding_free
+from qgraft.passes.beginnings import lay_out_samples, shares_beginnings
+from qgraft.passes.decoder import Head, output_head, padding_free
+from qgraft.passes.fused import fused_modules
 from qgraft.passes.labels import Classifier, apart, classifier_of
+from qgraft.passes.log_probs import Texts, text_states
 from qgraft.passes.loss import as_they_are
+
+_SHARING: ContextVar[bool | None] = ContextVar("sharing", default=None)  # within `together`: whether beginnings are
 
 
 class Outputs(Protocol):
-    """See the module's docstring. A batch is a dict of tensors, on the CPU."""
+    """See the module's docstring. A batch is on the CPU; what it is made of is known here alone."""
 
     @property
     def unit(self) -> str:
@@ -38,19 +44,23 @@ class Outputs(Protocol):
     def together(self, model: PreTrainedModel, samples: Sequence[Any]) -> AbstractContextManager[str | None]:
         """Within the block samples share passes; yields why not, where each has to pass alone."""
 
-    def batches(self, samples: Sequence[Any], tokens: int) -> list[Batch]:
+    @property
+    def shares(self) -> bool:
+        """Whether, within `together`, samples of a row have what they begin with in it once."""
+
+    def batches(self, samples: Sequence[Any], tokens: int) -> list[Any]:
         """The samples in their order, at most so many tokens in each; 0 for one sample in each."""
 
     def rows(self, sample: Any) -> int:
         """How many rows of states a sample gives."""
 
-    def states(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    def states(self, model: PreTrainedModel, batch: Any) -> tuple[Tensor, Tensor]:
         """States [n, width] and labels [n], in the order of the samples."""
 
-    def count(self, batch: Batch) -> int:
+    def count(self, batch: Any) -> int:
         """How many rows of states a batch gives."""
 
-    def weights(self, batch: Batch) -> Tensor | None:
+    def weights(self, batch: Any) -> Tensor | None:
         """What the loss of each label is multiplied by, [n]; None for 1 each."""
 
     def head(self, model: PreTrainedModel) -> Head:
@@ -59,8 +69,8 @@ class Outputs(Protocol):
     def padded(self, samples: Sequence[Any]) -> Batch:
         """The samples as padded rows, input_ids and attention_mask [B, T] among them."""
 
-    def reach(self, model: PreTrainedModel, batch: Batch, bounds: Mapping[str, Tensor]) -> None:
-        """Pass a batch, on the model's device, through all layers; `bounds` as passes.decoder.attention_arguments."""
+    def reach(self, model: PreTrainedModel, batch: Batch, bounds: Mapping[str, Any]) -> None:
+        """Pass rows, on the model's device, through all layers; `bounds` as passes.log_probs.sharing_arguments."""
 
 
 def outputs_of(model: PreTrainedModel) -> Outputs:
@@ -70,27 +80,42 @@ def outputs_of(model: PreTrainedModel) -> Outputs:
 
 
 class _NextTokens:
-    """Of a causal language model: padding-free batches (data/batches.py), all of which the decoder facade knows."""
+    """Of a causal language model: padding-free rows, of which the decoder facade knows all; beginnings in them once."""
 
     unit = "token"
 
-    def together(self, model: PreTrainedModel, samples: Sequence[Sample]) -> AbstractContextManager[str | None]:
-        return padding_free(model, samples)
+    @contextmanager
+    def together(self, model: PreTrainedModel, samples: Sequence[Sample]) -> Iterator[str | None]:
+        with padding_free(model, samples) as problem:
+            if problem is not None or _SHARING.get() is not None:  # found out already, for more samples
+                yield problem
+                return
+            with fused_modules(model):
+                before = _SHARING.set(shares_beginnings(model, samples))
+                try:
+                    yield None
+                finally:
+                    _SHARING.reset(before)
 
-    def batches(self, samples: Sequence[Sample], tokens: int) -> list[Batch]:
-        return split_batch(collate(samples), tokens)
+    @property
+    def shares(self) -> bool:
+        return bool(_SHARING.get())
+
+    def batches(self, samples: Sequence[Sample], tokens: int) -> list["_Row"]:
+        lengths = [sample.length for sample in samples]
+        return [_Row.of(samples[part], self.shares) for part in neighbours(lengths, tokens)]
 
     def rows(self, sample: Sample) -> int:
         return sum(label != IGNORED for label in sample.labels)
 
-    def states(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-        return label_states(model, {key: value.to(model.device) for key, value in batch.items()})
+    def states(self, model: PreTrainedModel, batch: "_Row") -> tuple[Tensor, Tensor]:
+        return text_states(model, batch.texts)
 
-    def count(self, batch: Batch) -> int:
-        return count_labels(batch)
+    def count(self, batch: "_Row") -> int:
+        return len(batch.texts.targets)
 
-    def weights(self, batch: Batch) -> Tensor | None:
-        return label_weights(batch)
+    def weights(self, batch: "_Row") -> Tensor | None:
+        return batch.weights
 
     def head(self, model: PreTrainedModel) -> Head:
         return output_head(model)
@@ -101,8 +126,29 @@ class _NextTokens:
         mask = torch.tensor([[n < sample.length for n in range(width)] for sample in samples])
         return {"input_ids": ids, "attention_mask": mask.long()}
 
-    def reach(self, model: PreTrainedModel, batch: Batch, bounds: Mapping[str, Tensor]) -> None:
+    def reach(self, model: PreTrainedModel, batch: Batch, bounds: Mapping[str, Any]) -> None:
         decoder_of(model)(**batch, use_cache=False, **bounds)
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """Some samples in a row, and what their labels weigh, [n]; None for 1 each."""
+
+    texts: Texts
+    weights: Tensor | None
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], share: bool) -> "_Row":
+        weights = None
+        if any(sample.weights is not None for sample in samples):
+            each = [
+                (sample.weights or [1.0] * sample.length)[at]
+                for sample in samples
+                for at, label in enumerate(sample.labels)
+                if at and label != IGNORED
+            ]
+            weights = torch.tensor(each, dtype=torch.float32)
+        return cls(lay_out_samples(samples, share), weights)
 
 
 @dataclass(frozen=True)
@@ -111,6 +157,7 @@ class _Labels:
 
     classifier: Classifier
     unit: str = "label"
+    shares: bool = False
 
     def together(self, model: PreTrainedModel, samples: Sequence[LabelSample]) -> AbstractContextManager[str | None]:
         return nullcontext(apart(model, self.classifier.padding, samples))
@@ -142,7 +189,7 @@ class _Labels:
     def padded(self, samples: Sequence[LabelSample]) -> Batch:
         return collate_texts(samples, self.classifier.padding)
 
-    def reach(self, model: PreTrainedModel, batch: Batch, bounds: Mapping[str, Tensor]) -> None:
+    def reach(self, model: PreTrainedModel, batch: Batch, bounds: Mapping[str, Any]) -> None:
         decoder = decoder_of(model)
         given: dict[str, Any] = {**batch, **bounds, "use_cache": False}
         taken = argument_names(decoder)

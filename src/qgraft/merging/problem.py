@@ -88,7 +88,8 @@ class _Gradient:
         return self._R[:, columns].clone()
 
     def move(self, columns: Columns, moved_OC: Tensor) -> None:
-        self._R.addmm_(moved_OC, self._H[columns])
+        rows = moved_OC.any(dim=1).nonzero()[:, 0]  # a delta moves one code in a hundred
+        self._R[rows] = torch.addmm(self._R[rows], moved_OC[rows], self._H[columns])
 
 
 @dataclass(frozen=True, eq=False)

@@ -181,7 +181,9 @@ class _Block:
             else:
                 kept = gate.new_empty(gate.shape, dtype=dtype), gate.new_empty(gate.shape, dtype=dtype)
             h = GatedProduct.apply(gate, up, *kept, activation)
-            return module.down_proj(recomputable(h, partial(gated, activation, dtype=h.dtype), *kept))
+            h = recomputable(h, partial(gated, activation, dtype=h.dtype), *kept)
+            del gate, up, kept  # what comes next may need their memory
+            return module.down_proj(h)
 
         forward.is_fused = True  # type: ignore[attr-defined]
         return forward

@@ -78,15 +78,24 @@ def lay_out(groups: Sequence[Sequence[Sample]], shared: Sequence[int], *, prompt
 
 def log_probs(model: PreTrainedModel, texts: Texts) -> Tensor:
     """The log-probability of each label, [N] float32, with a gradient where there is one."""
+    return label_log_probs(*text_states(model, texts), output_head(model))
+
+
+def text_states(model: PreTrainedModel, texts: Texts) -> tuple[Tensor, Tensor]:
+    """What output_head makes logits of, [N, hidden], and the labels, [N], both on the model's device."""
     places_N, targets_N = (part.to(model.device, non_blocking=True) for part in (texts.places, texts.targets))
-    arguments: dict[str, Any] = dict(attention_arguments(model, texts.position_ids))
-    if texts.shared is not None:
-        positions = texts.position_ids[0]
-        gaps = (positions[1:] != positions[:-1] + 1).nonzero()[:, 0] + 1
-        arguments["cu_seq_lens_q"] = torch.cat([gaps.new_tensor([0]), gaps, gaps.new_tensor([len(positions)])])
-        arguments["shared_prompts"] = texts.shared.to(model.device)
     batch = {"input_ids": texts.input_ids, "position_ids": texts.position_ids}
-    return label_log_probs(rows_at(model, places_N, batch, **arguments), targets_N, output_head(model))
+    return rows_at(model, places_N, batch, **sharing_arguments(model, texts.position_ids, texts.shared)), targets_N
+
+
+def sharing_arguments(model: PreTrainedModel, position_ids: Tensor, shared: SharedPrompts | None) -> dict[str, Any]:
+    """What the forward pass must be given beside positions [1, T], on the CPU, of a row that tells what its texts share."""
+    if shared is None:
+        return dict(attention_arguments(model, position_ids))
+    positions = position_ids[0]
+    gaps = (positions[1:] != positions[:-1] + 1).nonzero()[:, 0] + 1
+    bounds = torch.cat([gaps.new_tensor([0]), gaps, gaps.new_tensor([len(positions)])])
+    return {"cu_seq_lens_q": bounds, "shared_prompts": shared.to(model.device)}
 
 
 def text_sums(each_N: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
@@ -95,7 +104,6 @@ def text_sums(each_N: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
     return torch.stack([part.sum() for part in parts]), prompts.sum()
 
 
-@torch.no_grad()
 def shares_prompts(model: PreTrainedModel, preferences: Sequence[Preference]) -> bool:
     """Whether pairs can have their prompts in a pass once: tried on the pair whose prompt is the longest."""
     if attention_of(model) != SAMPLES:
@@ -103,10 +111,16 @@ def shares_prompts(model: PreTrainedModel, preferences: Sequence[Preference]) ->
     longest = max(preferences, key=lambda each: each.shared)
     if not longest.shared:
         return False
+    return agree(model, lay_out([longest.texts], [0]), lay_out([longest.texts], [longest.shared]))
+
+
+@torch.no_grad()
+def agree(model: PreTrainedModel, texts: Texts, shared: Texts) -> bool:
+    """Whether the model comes to the same numbers of the same texts where these share what they begin with."""
     with evaluating(model), computing(model, "float32"):
-        apart = log_probs(model, lay_out([longest.texts], [0]))
+        apart = log_probs(model, texts)
         try:
-            together = log_probs(model, lay_out([longest.texts], [longest.shared]))
+            together = log_probs(model, shared)
         except (torch.OutOfMemoryError, torch.AcceleratorError, RecursionError):
             raise  # RuntimeErrors that say nothing about the model
         except (RuntimeError, TypeError, ValueError):
