@@ -336,12 +336,12 @@ def test_nothing_of_the_generator_is_left_behind_by_an_exception(trained, rows):
 
 def test_labels_count_by_what_they_lost_in_this_step_and_on_the_mean():
     """The slope of lost^2; nothing where the step's labels, or those of the last steps, are as likely as they were."""
-    lost = _Labels()
+    lost = _Labels(0.25)
     assert lost.share(0.1) == pytest.approx(0.2)
     assert lost.share(0.3) == pytest.approx(0.4)  # of the mean, 0.2
     assert lost.share(-0.1) == 0.0 and lost.share(0.02) == pytest.approx(0.04)
     assert lost.share(9.0) == MOST_LABELS
-    gained = _Labels()
+    gained = _Labels(0.25)
     assert [gained.share(each) for each in (-0.4, 0.1, 0.1)] == [0.0, 0.0, 0.0]
 
 
@@ -402,14 +402,14 @@ def test_a_round_counts_only_if_the_judging_rows_come_closer(trained, rows, monk
     chosen, layers = find_rows(model, tokenizer, rows, None, [], {}, 0), dict(lora_layers(model))
     merged = shaken_merge(model)
     targets, _ = states_of(model, chosen.judge)
-    distillation = Distillation(model, layers, {}, chosen)
+    distillation = Distillation(model, layers, {}, chosen, 1.0)
     better, steps = distillation.round(merged, silent)
     apart = [divergence(model, each, chosen.judge, targets) for each in (merged, better)]
     assert steps > 0 and apart[1] < apart[0]
     for name in ("SCALE_RATE", "LORA_RATE"):
         monkeypatch.setattr(f"qgraft.merging.distill.{name}", 0.5)  # destroys the weights
     assert distillation.round(merged, silent) == (merged, 0)
-    assert Distillation(model, layers, {}, chosen).round(merged, silent)[0] is merged
+    assert Distillation(model, layers, {}, chosen, 1.0).round(merged, silent)[0] is merged
 
 
 @pytest.mark.usefixtures("few_rows")
@@ -430,11 +430,11 @@ def test_a_round_is_judged_with_the_rest_of_the_merge_in_place(trained, rows, mo
 
     monkeypatch.setattr("qgraft.merging.distill.compare", spied)
     monkeypatch.setattr("qgraft.merging.distill.PASSES", 1)
-    better, steps = Distillation(model, layers, others, chosen).round(solved, silent)
+    better, steps = Distillation(model, layers, others, chosen, 1.0).round(solved, silent)
     assert better.keys() == solved.keys()
-    assert seen[1] == pytest.approx(divergence(model, merged, chosen.judge, targets), rel=1e-4)
-    assert (steps > 0) == (seen[0] < seen[1])
-    assert seen[1] != pytest.approx(divergence(model, solved, chosen.judge, targets), rel=1e-2)
+    assert seen[0] == pytest.approx(divergence(model, merged, chosen.judge, targets), rel=1e-4)
+    assert (steps > 0) == (seen[1] < seen[0])
+    assert seen[0] != pytest.approx(divergence(model, solved, chosen.judge, targets), rel=1e-2)
 
 
 @pytest.mark.usefixtures("few_rows")
@@ -449,7 +449,7 @@ def test_a_last_round_learns_from_all_rows_but_the_unrelated_ones_that_measure(t
 
     monkeypatch.setattr("qgraft.merging.distill.distill", distilled)
     merged = {path: layer.packed for path, layer in lora_layers(model)}  # f16 among them
-    distillation = Distillation(model, dict(lora_layers(model)), {}, chosen)
+    distillation = Distillation(model, dict(lora_layers(model)), {}, chosen, 1.0)
     distillation.round(merged, silent)
     packed, steps = distillation.last_round(merged, silent)
     assert packed == merged and steps == 1
@@ -474,7 +474,7 @@ def test_rounds_learn_from_rows_that_none_before_has_seen(trained, rows, monkeyp
 
     monkeypatch.setattr("qgraft.merging.distill.distill", distilled)
     merged = {path: layer.packed for path, layer in lora_layers(model)}
-    distillation = Distillation(model, dict(lora_layers(model)), {}, replace(chosen, further=further))
+    distillation = Distillation(model, dict(lora_layers(model)), {}, replace(chosen, further=further), 1.0)
     unseen = []
     for _ in range(4):
         unseen.append(distillation.unseen)

@@ -3,13 +3,14 @@
 Layer by layer a merge cannot weigh which of its remaining errors matter to the logits. So where not enough is kept yet,
 the merged layers are trained to minimize, by Adam and in rounds of a few passes,
 
-    KL(p || q) + max(0, lost)^2        lost = mean of log p_label - log q_label
+    KL(p || q) + max(0, lost)^2 / (4 worth)        lost = mean of log p_label - log q_label
+                                                   worth = 2 % of what the adapter gained on its labels
 
 with p the adapter's model and q the merged one, at the label positions of the calibration rows, unless the rows that judge
 say that a round did harm. The divergence is of second order in what is wrong, what the adapter gained on its labels is lost
 to first order: a merge that is near in KL still knows every fact a little less surely. The second term makes up for that and
-no more; it asks nothing of the unrelated text, whose labels weigh 0. A step sees too few labels to know what they lost on the
-whole, so a running mean is asked as well.
+no more, and weighs at most half of what is lost; it asks nothing of the unrelated text, whose labels weigh 0. A step sees too
+few labels to know what they lost on the whole, so a running mean is asked as well.
 
 The codes stay. What is trained is
 
@@ -67,7 +68,9 @@ PASS_TOKENS = 256  # of a step
 SCALE_RATE = 1e-3  # of scales, relative to the scales of a row
 LORA_RATE = 1e-3  # of the exact LoRAs; both in the first round, and a share of them in the others
 RANK = 16  # of them; with 8 the FAQ of near_rows.py keeps 98.3 %, after three rounds
+FAR = 0.1  # nats between merged and adapter's model, from which on rates are these; below, they fall as its root
 MOST_LABELS = 0.5  # the largest share of the labels beside the divergence
+WORTH = 0.02  # of the gain: labels that lost so much have it
 HARM = 1.25  # of a small set few rows judge, so less than a quarter further from the adapter's model says nothing
 REMEMBERED = 8  # chunks of labels, of which the mean says what they lost
 _NAME: Final = "distilled"
@@ -80,16 +83,22 @@ class Distillation:
         model: with the adapter active.
         layers: the wrapped layers that are merged.
         others: merged weights of those that are not distilled.
+        gain: how much less the adapter's model loses on its labels than the base, in nats.
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: Mapping[str, LoraLinear | ExpertStack], others: Packed, rows: Calibration
+        self,
+        model: PreTrainedModel,
+        layers: Mapping[str, LoraLinear | ExpertStack],
+        others: Packed,
+        rows: Calibration,
+        gain: float,
     ) -> None:
-        self._model, self._layers, self._others, self._rows = model, layers, others, rows
+        self._model, self._layers, self._others, self._rows, self._gain = model, layers, others, rows, gain
         self._fit, _ = states_of(model, rows.fit)
         self._judge, _ = states_of(model, rows.judge)
         self._rounds = 0
-        self._nearest: float | None = None  # that the rows which judge came
+        self._nearest = math.nan  # that the rows which judge came
 
     @property
     def unseen(self) -> bool:
@@ -98,6 +107,8 @@ class Distillation:
 
     def round(self, packed: Packed, progress: Callable[[int, int], None]) -> tuple[Packed, int]:
         """(distilled weights, steps), or the same and 0 where the rows that judge say that it did harm."""
+        if not self._rounds:
+            self._nearest = self._apart(packed)
         if self.unseen:
             samples = self._rows.further[self._rounds]
             targets, _ = states_of(self._model, samples)
@@ -107,10 +118,9 @@ class Distillation:
             targets = torch.cat([self._fit, states_of(self._model, near)[0]]) if near else self._fit
         distilled, steps = self._distilled(packed, samples, targets, progress)
         apart = self._apart(distilled)
-        nearest = self._apart(packed) if self._nearest is None else self._nearest
-        if not apart <= HARM * nearest:
+        if not apart <= HARM * self._nearest:
             return packed, 0
-        self._nearest = min(apart, nearest)
+        self._nearest = min(apart, self._nearest)
         return distilled, steps
 
     def last_round(self, packed: Packed, progress: Callable[[int, int], None]) -> tuple[Packed, int]:
@@ -129,10 +139,10 @@ class Distillation:
         """(weights after one more round, steps); those whose scales no small step can change as they are."""
         self._rounds += 1
         trainable = {path: each for path, each in packed.items() if has_fine_reals(each)}
-        pace = self._rounds**-0.5  # the less is left, the more of a step is noise
-        trained, steps = distill(
-            self._model, trainable, samples, targets, progress=progress, seed=self._rounds, pace=pace
-        )
+        # The less is left, the more of a step is noise, whose divergence grows as the square of the rate.
+        pace = self._rounds**-0.5 * min(1.0, (self._nearest / FAR) ** 0.5)
+        trained, steps = distill(self._model, trainable, samples, targets, progress=progress, seed=self._rounds,
+                                 pace=pace, worth=WORTH * self._gain)  # fmt: skip
         return {**packed, **trained}, steps
 
     def _apart(self, candidate: Packed) -> float:
@@ -155,6 +165,7 @@ def distill(
     progress: Callable[[int, int], None],
     seed: int = 0,
     pace: float = 1.0,
+    worth: float = 0.25,
 ) -> tuple[dict[str, PackedTensor], int]:
     """The merged weights with what may move trained for PASSES passes, and the steps taken.
 
@@ -167,6 +178,7 @@ def distill(
         progress: called after each step with (step, steps).
         seed: of the order of the samples and of the LoRAs.
         pace: what the learning rates are multiplied by.
+        worth: how much labels lost, in nats, that have their largest share.
     """
     layers: dict[str, _FreeMinimums | _FreeScales] = {}
 
@@ -193,7 +205,7 @@ def distill(
         parts = list(zip(batches, targets.split([outputs.count(batch) for batch in batches]), strict=True))
         steps = [part for _ in range(PASSES) for part in order.sample(parts, len(parts))]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_schedule, steps=len(steps)))
-        lost = _Labels()
+        lost = _Labels(worth)
         for step, (batch, states) in enumerate(steps):
             _backward(model, outputs, batch, states, parameters, lost)
             optimizer.step()
@@ -238,14 +250,14 @@ def _schedule(step: int, steps: int) -> float:
 class _Labels:
     """What labels lost by the merge, log p_label - log q_label in nats, as it is found in a few of them after others."""
 
-    def __init__(self) -> None:
-        self._mean, self._seen = 0.0, 0
+    def __init__(self, worth: float) -> None:
+        self._worth, self._mean, self._seen = worth, 0.0, 0
 
     def share(self, lost: float) -> float:
         """How much labels count that `lost` so much: the slope of the mean's square, nothing where these lost nothing."""
         self._seen += 1
         self._mean += (lost - self._mean) / min(self._seen, REMEMBERED)
-        return min(MOST_LABELS, 2 * max(0.0, min(lost, self._mean)))
+        return MOST_LABELS * min(1.0, max(0.0, min(lost, self._mean)) / self._worth)
 
 
 def _backward(

@@ -56,7 +56,7 @@ def finish(
     kept, taken = measured(packed), 0
     if not wanting(kept) or not any(has_fine_reals(each) for each in packed.values()):
         return packed, kept, taken
-    distillation = Distillation(model, layers, others, rows)
+    distillation = Distillation(model, layers, others, rows, kept.base - kept.adapter)
     for _ in range(ROUNDS):
         better, steps = distillation.round(packed, progress)
         if not steps:
