@@ -245,9 +245,9 @@ def seen(tiny_images: Any) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def merged_after_a_run(path: Path, method: str, tmp_path: Path) -> None:
+def merged_after_a_run(path: Path, method: str, tmp_path: Path, **options: Any) -> None:
     """On the GPU; the file is read on the CPU."""
-    model, tokenizer, _ = run("cuda", path, ROWS, tmp_path / "out", {}, {"max_steps": 4})
+    model, tokenizer, _ = run("cuda", path, ROWS, tmp_path / "out", {}, {"max_steps": 4, **options})
     report = qgraft.merge(model, tokenizer, calibration=ROWS, method=method, min_retained=-1e9)
     qgraft.save(model, tmp_path / "merged.gguf")
     assert report.kept is not None
@@ -315,3 +315,13 @@ def test_a_merge(method: str, types: Q | str, tiny_gguf: Callable[..., Any], tmp
         merged_after_a_run(path, method, tmp_path)
     ids = torch.arange(3, 20)[None]
     assert torch.isfinite(qgraft.load(tmp_path / "merged.gguf", device="cpu")[0](ids).logits).all()
+
+
+@pytest.mark.slow
+def test_a_merge_into_experts(tiny_gguf: Callable[..., Any], tmp_path: Path) -> None:
+    path = tiny_gguf("qwen3moe", config={"num_hidden_layers": 1}).path
+    with pretended_gpu():
+        merged_after_a_run(path, "auto", tmp_path, target_parameters=",".join(EXPERTS))
+    assert torch.isfinite(
+        qgraft.load(tmp_path / "merged.gguf", device="cpu")[0](torch.arange(3, 20)[None]).logits
+    ).all()
