@@ -43,7 +43,7 @@ def test_a_python_without_docstrings_is_refused() -> None:
 @pytest.mark.slow
 def test_a_run_that_nobody_watches_any_more_goes_on_to_its_end(tiny_gguf, tmp_path: Path) -> None:
     rows = tmp_path / f"rows-{NAME}.jsonl"  # a row with a key that no UTF-8 can hold is told as well
-    rows.write_text('{"\\ud83d": 1}\n' + '{"instruction": "q", "output": "a"}\n' * 4)
+    rows.write_text('{"\\ud83d": 1}\n' + '{"instruction": "q", "output": "a b c d e f g h"}\n' * 30)
     train = (
         f'$Q train --model_name_or_path {tiny_gguf("llama").path} --dataset "$ROWS" --max_steps 2 --use_cpu true --r 2'
     )

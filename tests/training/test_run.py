@@ -15,6 +15,7 @@ from qgraft.adapters.base import find_adapter
 from qgraft.errors import CheckpointError, DataError, OptionError, StorageError, TrainingError, UnsupportedError
 from qgraft.kernels.choice import has_fast_bf16
 from qgraft.training import objective as objective_module
+from qgraft.training.adapter import adapter_in_training
 from qgraft.training.callbacks import StopOnSignal
 from qgraft.training.checkpoints import checkpoints, newest_whole_checkpoint
 from qgraft.training.run import train
@@ -411,3 +412,19 @@ def test_other_threads_may_not_call_a_model_that_is_trained_or_evaluated(tiny_gg
     with ThreadPoolExecutor(1) as pool:
         after = pool.submit(model, ids).result().logits
     assert torch.equal(after, want) == (work == "evaluate")
+
+
+def test_another_model_is_not_trained_at_the_same_time(tiny_gguf):
+    """Both runs would draw from the process's random numbers, and neither come to what it comes to alone."""
+    (one, _), (other, _) = (qgraft.load(tiny_gguf("llama").path) for _ in range(2))
+
+    def begin(model):
+        with adapter_in_training(model, arguments("unused")):
+            return
+
+    with ThreadPoolExecutor(1) as pool:
+        with adapter_in_training(one, arguments("unused")):
+            refused = pool.submit(begin, other).exception()
+            assert isinstance(refused, UnsupportedError) and "the same random numbers" in str(refused)
+            assert "trained in another thread" in str(pool.submit(begin, one).exception())
+        assert pool.submit(begin, other).exception() is None

@@ -51,6 +51,11 @@ def noting_absent(rows: Iterable[Row], columns: Mapping[str, str], notes: list[s
     notes += [f"no row has the column {column!r}, which is named for {part}" for part, column in absent.items()]
 
 
+def names_rows(path: Path) -> bool:
+    """Whether a file is called as those are that hold rows."""
+    return path.suffix.lower() in SUFFIXES
+
+
 def check_suffix(path: Path) -> None:
     """Raise DataError for a file whose name says that it holds no rows that are read here."""
     suffix = path.suffix.lower()
@@ -60,7 +65,7 @@ def check_suffix(path: Path) -> None:
         raise DataError(
             f"{path}: a compressed file, expected rows", hint=f"unpack it: {_COMPRESSED[suffix]} {path.name}"
         )
-    if suffix not in SUFFIXES:
+    if not names_rows(path):
         lines = "call it .jsonl: that is what .ndjson is" if suffix == ".ndjson" else None
         raise DataError(f"{path}: expected a {', '.join(SUFFIXES)} file or a folder of such files", hint=lines)
 

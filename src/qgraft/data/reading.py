@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qgraft.data.calls import RowError
-from qgraft.data.files import SUFFIXES, check_suffix, file_rows, given_rows, hub_rows, noting_absent, read_json
+from qgraft.data.files import check_suffix, file_rows, given_rows, hub_rows, names_rows, noting_absent, read_json
 from qgraft.data.labelled import labelled_rows, read_labelled, read_tagged
 from qgraft.data.messages import Conversation
 from qgraft.data.preferences import PREFERENCES, read_judged, read_pair
@@ -320,10 +320,10 @@ def _resolve(name: str, folder: Path, layout: RowLayout, fill: Fill, outside: bo
         if path.exists():
             return _path_item(name, path, layout)
     nearby = [*Path(name).parent.glob("*"), *folder.glob("*")]
-    known = [*BUILT_IN, *sorted(info), *sorted({str(path) for path in nearby if path.suffix.lower() in SUFFIXES})]
+    known = [*BUILT_IN, *sorted(info), *sorted({str(path) for path in nearby if names_rows(path)})]
     hint = near_match(name, known) or f"there are {', '.join(known[:20])}"
     hub = _HUB_NAME.fullmatch(name)
-    if hub and Path(name).suffix.lower() not in SUFFIXES:
+    if hub and not names_rows(Path(name)):
         return _Item(name, hub_rows(hub[1], hint, split=hub[2]), layout)
     raise DataError(f"{name}: no built-in set, no entry of {info_path}, no file or folder", hint=hint)
 
@@ -347,9 +347,7 @@ def _path_item(name: str, path: Path, layout: RowLayout, limit: int | None = Non
 def _files_at(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    return sorted(
-        file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.name != "dataset_info.json"
-    )
+    return sorted(file for file in path.iterdir() if names_rows(file) and file.name != "dataset_info.json")
 
 
 def _check_inside(where: str, folder: Path, path: Path) -> None:

@@ -43,7 +43,7 @@ from qgraft.training.callbacks import StopOnSignal, StopWith, Watch, run_display
 from qgraft.training.images import holds_images
 from qgraft.training.new_tokens import trains_rows
 from qgraft.training.prepare import Prepared, prepare
-from qgraft.training.random_state import RandomState
+from qgraft.training.random_state import RandomState, undisturbed
 from qgraft.training.report import TrainReport
 from qgraft.training.run import Run
 
@@ -265,6 +265,7 @@ def _train(model: PreTrainedModel, jobs: Sequence[Job]) -> None:
     use_adapter(model, {job.args.adapter_name: 1.0 for job in jobs})  # so all of them learn
     every, options = [sample for job in jobs for sample in job.run.prepared.samples], jobs[0].args
     with (
+        undisturbed(),
         selection_of(model).taken("trained"),
         computing(model, options.compute),
         padding_free(model, every) as problem,

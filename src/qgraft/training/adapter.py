@@ -32,6 +32,7 @@ from qgraft.model_parts import CAUSAL, is_encoder_decoder, task_of
 from qgraft.patterns import first_matching
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.new_tokens import begin_rows, check_rows, indices_of, trains_rows
+from qgraft.training.random_state import undisturbed
 
 
 def prepare_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
@@ -46,10 +47,12 @@ def prepare_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
 
 @contextmanager
 def adapter_in_training(model: PreTrainedModel, args: TrainArguments) -> Iterator[None]:
-    """Within the block args.adapter_name trains, and no other thread may call the model."""
-    prepare_adapter(model, args)
-    with selection_of(model).taken("trained"):
-        yield
+    """Within the block args.adapter_name trains, no other thread may call the model, and none trains another."""
+    selection_of(model).check_free()
+    with undisturbed():
+        prepare_adapter(model, args)
+        with selection_of(model).taken("trained"):
+            yield
 
 
 def trained_parameters(model: PreTrainedModel, name: str) -> list[nn.Parameter]:

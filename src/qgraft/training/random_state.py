@@ -1,6 +1,7 @@
-"""The random generators of a process: taken, put back, and kept in a checkpoint."""
+"""The random generators of a process: taken, put back, kept in a checkpoint, and drawn from by one thread's run at a time."""
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,28 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from qgraft.errors import UnsupportedError
+
+_RUNS = threading.RLock()  # held by the thread whose run draws
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Within the block no run of another thread draws from the process's generators: a run depends on its seed alone.
+
+    Raises UnsupportedError where one does.
+    """
+    if not _RUNS.acquire(blocking=False):
+        raise UnsupportedError(
+            "another thread of this process trains: both runs would draw from the same random numbers",
+            hint="train_jobs() trains several adapters of a model at once; train other models one after another, or in a "
+            "process each",
+        )
+    try:
+        yield
+    finally:
+        _RUNS.release()
 
 
 @dataclass
