@@ -55,8 +55,10 @@ def test_a_prompt_is_read_and_nothing_written(running: Running, expected: Callab
         assert told(ask(client, model="law")) == expected({"law": 1.0})
 
 
-def test_embeddings_are_refused_as_such(running: Running) -> None:
+def test_embeddings_and_bodies_with_a_coding_are_refused_as_such(running: Running) -> None:
     with running.client() as client:
+        coded = client.post("/v1/completions", content=b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
+        assert coded.status_code == 415 and "Content-Encoding: got gzip" in coded.text
         answer = client.post("/v1/embeddings", json={"model": "base", "input": "x"})
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "unsupported_endpoint"
 

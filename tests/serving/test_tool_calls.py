@@ -16,6 +16,7 @@ from qgraft.data.templates import ChatTemplate, variant
 from qgraft.errors import OptionError, UnsupportedError
 from qgraft.serving.answer_reader import AnswerReader
 from qgraft.serving.call_probe import call_format
+from qgraft.serving.tagged_arguments import Braces
 from qgraft.serving.tool_calls import CallFormat, call_texts
 
 Maker = Callable[..., Any]
@@ -118,7 +119,7 @@ DEEP = Call("weather", '{"city": "1", "days": 3, "deep": {"a": [1, "x"]}}')  # w
 SCHEMAS = {"time": None, "weather": {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}}
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "glm4moe", "deepseekv3", "lfm2_2_5"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "glm4moe", "deepseekv3", "lfm2_2_5", "gemma4"])
 def test_several_calls_are_read_back_also_where_they_are_cut(tiny_gguf: Maker, name: str) -> None:
     _, tokenizer = qgraft.load(str(tiny_gguf("llama").path), device="cpu")
     template = ChatTemplate((ORIGINALS / f"{name}.jinja").read_text(encoding="utf-8"), name)
@@ -128,20 +129,42 @@ def test_several_calls_are_read_back_also_where_they_are_cut(tiny_gguf: Maker, n
              for each in SCHEMAS]  # fmt: skip
     calls = (TIME, DEEP, TIME)
     whole = writer.answered([asked, Message("assistant", "Let me look.", calls=calls)], tools).text
-    written = whole[whole.index("Let me look.") :]
-    for end in ("<|im_end|>", "<｜end▁of▁sentence｜>", "<|user|>", "</s>"):
+    asks = whole.index("What now?")
+    begins = min(
+        whole.index(text, asks) for text in ("Let me look.", form.mark)
+    )  # Gemma's template has the calls first
+    written = whole[begins:]
+    for end in ("<|im_end|>", "<｜end▁of▁sentence｜>", "<|user|>", "</s>", "<|tool_response>"):
         written = written.partition(end)[0]
     for step in (1, 7, 1000):
         reader = AnswerReader(format=form, names=SCHEMAS)
         assert pieces(reader, written.rstrip(), step)[1].strip() == "Let me look." and reader.calls == calls
     begins = written.index(form.mark) + len(form.mark)
-    for stop in range(begins, len(written.rstrip()), 3):
+    for stop in range(begins, written.find("Let me look.", 1) % (len(written.rstrip()) + 1), 3):
         reader = AnswerReader(format=form, names=SCHEMAS)
         shown = reader.push(written[:stop], last=True, cut=True)[1]
         sure = len(reader.calls) - (reader.unfinished and bool(reader.calls) and reader.calls[-1] not in calls)
         assert reader.calls[:sure] == calls[:sure], stop
         rest = shown.removeprefix("Let me look.").strip()
         assert not rest or form.mark.startswith(rest) or form.after.startswith(rest), (stop, shown)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "read"),
+    [
+        ('{at:<|"|>a,b}c<|"|>,n:[1,-2.5,null,true,{<|"|>k<|"|>:{}}]}',
+         {"at": "a,b}c", "n": [1, -2.5, None, True, {"k": {}}]}),
+        ("{}", {}), ("{at:NaN}", None), ("{at:1e999}", None), ("{at:x}", None), ("{at:1", None), ("{at}", None),
+        ('{at:<|"|>x}', None), ("{at:" + "[" * 99 + "]" * 99 + "}", None), ("{1,2}", None), ("[1]", None), ("{:1}", None),
+    ],
+)  # fmt: skip
+def test_gemmas_braces(arguments: str, read: dict[str, Any] | None) -> None:
+    form = CallFormat("<|tool_call>call:", "<tool_call|>", True, tags=Braces())
+    text = f"<|tool_call>call:time{arguments}<tool_call|>"
+    shown, calls, _ = form.read(text, ["time"])
+    assert (shown, [json.loads(call.arguments) for call in calls]) == (("", [read]) if read is not None else (text, []))
+    begun = form.read('<|tool_call>call:time{at:<|"|>a,b<|"|>,n:[1,2', ["time"], cut=True)
+    assert begun == ("", (Call("time", '{"at": "a,b"'),), True)
 
 
 def test_ids_of_calls_are_those_that_a_template_takes(tiny_gguf: Maker) -> None:

@@ -15,7 +15,7 @@ from qgraft.data.messages import Call, ConversationError, Message
 from qgraft.data.rendering import Writer
 from qgraft.data.templates import ChatTemplate
 from qgraft.serving.call_arguments import json_at, object_call
-from qgraft.serving.tagged_arguments import Tags
+from qgraft.serving.tagged_arguments import QUOTE, Braces, Tags
 from qgraft.serving.tool_calls import CLOSE, OPEN, CallFormat
 
 if TYPE_CHECKING:
@@ -91,6 +91,10 @@ def _form_of(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> Ca
         before, between = _own(said[:at]).rstrip(), said[at + len(_NAME) : given]
         after = _until_end(said[said.find(")", given) + 1 :], tokenizer).strip()
         return CallFormat(before, after, True, between, keywords=True, turn=turn)
+    braces = f"{{{_KEY}:{QUOTE}{_VALUE}{QUOTE}}}"
+    if said.startswith(braces, at + len(_NAME)):
+        after = _until_end(said[at + len(_NAME) + len(braces) :], tokenizer).strip()
+        return CallFormat(_own(said[:at]).rstrip(), after, True, tags=Braces()) if after else None
     if (tags := _tags(said, at)) is not None:
         key = said.find(tags.open, at)
         between, stop = said[at + len(_NAME) : key], said.find(tags.close, said.find(_VALUE, at)) + len(tags.close)

@@ -9,6 +9,7 @@ around the call stands what the model writes around its calls.
     GLM-4            f\\n{...}                                                             name, then arguments
     Qwen 3.5         <tool_call>\\n<function=f>\\n<parameter=key>\\nvalue\\n</parameter>\\n</function>\\n</tool_call>     tags
     GLM-4.5          <tool_call>f\\n<arg_key>key</arg_key>\\n<arg_value>value</arg_value>\\n</tool_call>              tags
+    Gemma 4          <|tool_call>call:f{key:<|"|>value<|"|>}<tool_call|>                    braces
     ChatGLM3         f\\n ```python\\ntool_call(key='value')\\n```                          name, then Python's keywords
 
 A call counts only if it names one of the request's tools and its arguments are a JSON object; else it is text like any
@@ -31,7 +32,7 @@ from qgraft.errors import OptionError, UnsupportedError
 from qgraft.serving.call_arguments import begun_keywords, json_at, keywords_at, named_call, object_call
 from qgraft.serving.fields import shown
 from qgraft.serving.grammars import CallText
-from qgraft.serving.tagged_arguments import Tags
+from qgraft.serving.tagged_arguments import Braces, Tags
 
 if TYPE_CHECKING:
     pass
@@ -55,7 +56,7 @@ class CallFormat:
             None where the name comes last.
         repeats: whether calls may follow one another.
         keywords: whether arguments are Python's keywords.
-        tags: of arguments that stand between some (tagged_arguments.py).
+        tags: of arguments that stand between some, or in Gemma's braces (tagged_arguments.py).
         turn: what stands between a text and a call, or between calls, where that is a token of its own: GLM's <|assistant|>.
         joint: what stands between one call and the next, from the end of arguments to the beginning of a call.
         ids: how many letters and digits an id of a call has; 0 for any id.
@@ -71,7 +72,7 @@ class CallFormat:
     turn: str = ""
     joint: str = ""
     ids: int = 0
-    tags: Tags | None = None
+    tags: Tags | Braces | None = None
 
     @property
     def mark(self) -> str:
