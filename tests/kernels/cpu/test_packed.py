@@ -80,6 +80,22 @@ def test_a_row_wider_than_is_taken_at_a_time_is_multiplied_whole(cpu_level: str,
         assert bool(((native._product(x, packed).double() - x.double() @ w_OI.T).abs() <= bound).all()), format
 
 
+def test_one_row_of_numbers_far_apart_is_multiplied_as_float64_does(cpu_level: str, random_packed: MakePacked) -> None:
+    """Off by at most 2^-21 of the largest in each group of 32 (gemv_digits.h); what is not finite reaches every number."""
+    for format in INT8_FORMATS:
+        packed = random_packed(format, 6, columns := 4096 + 2 * max(FORMATS[format].block_size, 32))
+        w_OI = format_dequantize(packed, torch.float64)
+        ramp, x = torch.randn(columns) * torch.logspace(-3, 3, columns), torch.randn(columns)
+        x[32:64], x[64:96], x[96:128] = 0.0, 1e-35, 1e30
+        for row in (ramp[None], ramp[torch.randperm(columns)][None], x[None]):
+            bound = 2e-6 * (row.double().abs() @ w_OI.abs().T) + 2.0**-21 * largest_of_runs(row.double()) @ w_OI.abs().T
+            error = native._product(row, packed).double() - row.double() @ w_OI.T
+            assert bool((error.abs() <= bound + 1e-30).all()), format
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            x[-1] = bad
+            assert not native._product(x[None], packed).isfinite().any(), format
+
+
 @pytest.mark.parametrize("batch", [96, 101, 250])
 def test_every_level_multiplies_many_rows_as_float64_does(
     cpu_level: str, batch: int, random_packed: MakePacked, threads: Callable[[int], None]

@@ -131,13 +131,22 @@ ALWAYS_INLINE vint code_bytes(const int format, const uint8_t *p, int k, int sec
     }
 }
 
-/* What `zero` times the codes of x adds to each sum, negated: where the sums begin. */
-ALWAYS_INLINE vint zero_products(int zero, vint x) {
-    return _mm512_sub_epi32(i_zero(), _mm512_dpbusd_epi32(i_zero(), i_set8((char)zero), x));
+/* Sums of products with codes of x, or of whole numbers of `digits` bytes, the highest first; `start` is added. */
+ALWAYS_INLINE vint dot_digits(const int digits, vint w, const vint *x, vint start) {
+    vint sum = i_zero();
+    for (int i = 0; i + 1 < digits; i++) sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(sum, w, x[i]), 8);
+    if (digits == 1) return _mm512_dpbusd_epi32(start, w, x[0]);
+    return _mm512_add_epi32(sum, _mm512_dpbusd_epi32(start, w, x[digits - 1]));
 }
 
-ALWAYS_INLINE vfloat dot_codes(int zero, vint w, vint x, vint start) {
-    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero ? start : i_zero(), w, x));
+/* What `zero` times the codes of x adds to each sum, negated: where the sums begin. */
+ALWAYS_INLINE vint zero_products(int zero, const int digits, const vint *x) {
+    return zero ? _mm512_sub_epi32(i_zero(), dot_digits(digits, i_set8((char)zero), x, i_zero())) : i_zero();
+}
+
+ALWAYS_INLINE vfloat dot_codes(int zero, const int digits, vint w, const vint *x, vint start) {
+    (void)zero;
+    return v_int(dot_digits(digits, w, x, start));
 }
 
 #else
@@ -155,12 +164,17 @@ ALWAYS_INLINE vint code_bytes(const int format, const uint8_t *p, int k, int sec
     return zero_code(format) == 128 ? codes32(format, p, k) : unsigned_codes(format, p, k);
 }
 
-ALWAYS_INLINE vint zero_products(int zero, vint x) { return _mm256_maddubs_epi16(i_set8((char)zero), x); }
+ALWAYS_INLINE vint zero_products(int zero, const int digits, const vint *x) {
+    (void)digits;
+    return _mm256_maddubs_epi16(i_set8((char)zero), x[0]);
+}
 
-ALWAYS_INLINE vfloat dot_codes(int zero, vint w, vint x, vint start) {
+/* Of one digit: there are no others with AVX2. */
+ALWAYS_INLINE vfloat dot_codes(int zero, const int digits, vint w, const vint *x, vint start) {
+    (void)digits;
     vint pairs;
-    if (zero == 128) pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    else pairs = _mm256_maddubs_epi16(w, x);
+    if (zero == 128) pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x[0], w));
+    else pairs = _mm256_maddubs_epi16(w, x[0]);
     if (zero && zero != 128) pairs = _mm256_sub_epi16(pairs, start);
     return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
@@ -175,8 +189,9 @@ ALWAYS_INLINE vint last_code_bytes(const int format, const uint8_t *p, int k, in
     return code_bytes(format, rest, 0, 1);
 }
 
-ALWAYS_INLINE void int8_tile(const int format, const int R, const int T, const Product *p, const QuantizedX *x,
-                             int64_t r0, int64_t t0) {
+/* `digits`: of each code of x; those of one row of x follow each other. `adds`: to what y is. */
+ALWAYS_INLINE void int8_tile(const int format, const int R, const int T, const int digits, const Product *p,
+                             const QuantizedX *x, int64_t r0, int64_t t0, int adds) {
     const int zero = zero_code(format);
     const int64_t bytes = row_bytes(format, 256), chunks = (p->columns + 31) / 32; /* bytes of 8 chunks */
     const uint8_t *row[4];
@@ -222,27 +237,31 @@ ALWAYS_INLINE void int8_tile(const int format, const int R, const int T, const P
             }
 #pragma GCC unroll 4
             for (int t = 0; t < T; t++) {
-                const vint codes = i_load(x->codes + 32 * (group[t] + first + k)), start = zero_products(zero, codes);
+                vint codes[3];
+                for (int i = 0; i < digits; i++) codes[i] = i_load(x->codes + 32 * (group[t] + i * x->groups + first + k));
+                const vint start = zero_products(zero, digits, codes);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++)
-                    sums[r][t] = v_fma(dot_codes(zero, w[r], codes, start), spread_scales(format, &scales[r][t], k), sums[r][t]);
+                    sums[r][t] = v_fma(dot_codes(zero, digits, w[r], codes, start), spread_scales(format, &scales[r][t], k),
+                                       sums[r][t]);
             }
         }
     }
     for (int r = 0; r < R && r0 + r < p->last; r++)
         for (int t = 0; t < T && t0 + t < p->m; t++) {
             float *y = p->y + (t0 + t) * p->rows + r0 + r;
-            *y = v_sum(sums[r][t]);
+            *y = (adds ? *y : 0.0f) + v_sum(sums[r][t]);
             if (has_minimum(format)) *y += sum_of_eight(added[r][t]);
         }
 }
 
 ALWAYS_INLINE void int8_rows(const int format, const Product *p, const QuantizedX *x) {
     enum { BLOCK = 32 }; /* tokens whose codes stay in the first-level cache while the rows pass */
-    for (int64_t r = p->first; p->m == 1 && r < p->last; r += FEW_ROWS) int8_tile(format, FEW_ROWS, 1, p, x, r, 0);
+    for (int64_t r = p->first; p->m == 1 && r < p->last; r += FEW_ROWS) int8_tile(format, FEW_ROWS, 1, 1, p, x, r, 0, 0);
     for (int64_t i = 0; p->m > 1 && i < p->m; i += BLOCK)
         for (int64_t r = p->first; r < p->last; r += INT8_ROWS)
-            for (int64_t t = i; t < i + BLOCK && t < p->m; t += INT8_TOKENS) int8_tile(format, INT8_ROWS, INT8_TOKENS, p, x, r, t);
+            for (int64_t t = i; t < i + BLOCK && t < p->m; t += INT8_TOKENS)
+                int8_tile(format, INT8_ROWS, INT8_TOKENS, 1, p, x, r, t, 0);
 }
 
 void GEMM_INT8(const Product *p, const QuantizedX *x) {

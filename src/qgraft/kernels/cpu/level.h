@@ -156,6 +156,7 @@ extern const Level qgraft_plain;
 extern const Level qgraft_avx2, qgraft_avx512, qgraft_avx512_vnni, qgraft_avx512_bf16;
 void qgraft_gemm_int8_avx2(const Product *product, const QuantizedX *x); /* these serve several levels */
 void qgraft_gemm_int8_vnni(const Product *product, const QuantizedX *x);
+void qgraft_gemv_vnni(const Product *product, const float *x);
 #endif
 
 /* sizeof of the structures that Python fills in, in the order in which their file defines them: for a test. */

@@ -10,7 +10,7 @@
 #include "gemm_int8_panels.h"
 
 const Level qgraft_avx2 = {
-    VECTOR_LEVEL("avx2", qgraft_gemm_int8_avx2),
+    VECTOR_LEVEL("avx2", gemv, qgraft_gemm_int8_avx2),
     .gemm_int8_panels = gemm_int8_panels, .gemm_grad_input_int8 = gemm_grad_input_int8,
 };
 #endif

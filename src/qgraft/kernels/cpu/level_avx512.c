@@ -9,7 +9,8 @@
 #pragma GCC target("avx512vnni")
 #define GEMM_INT8 qgraft_gemm_int8_vnni
 #include "gemm_int8.h"
+#include "gemv_digits.h"
 
-const Level qgraft_avx512 = {VECTOR_LEVEL("avx512", qgraft_gemm_int8_avx2)};
-const Level qgraft_avx512_vnni = {VECTOR_LEVEL("avx512-vnni", qgraft_gemm_int8_vnni)};
+const Level qgraft_avx512 = {VECTOR_LEVEL("avx512", gemv, qgraft_gemm_int8_avx2)};
+const Level qgraft_avx512_vnni = {VECTOR_LEVEL("avx512-vnni", qgraft_gemv_vnni, qgraft_gemm_int8_vnni)};
 #endif

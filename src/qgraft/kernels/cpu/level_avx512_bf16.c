@@ -7,7 +7,7 @@
 #include "vector_level.h"
 
 const Level qgraft_avx512_bf16 = {
-    VECTOR_LEVEL("avx512-bf16", qgraft_gemm_int8_vnni),
+    VECTOR_LEVEL("avx512-bf16", qgraft_gemv_vnni, qgraft_gemm_int8_vnni),
     .gemm_bf16 = gemm_bf16, .gemm_grad_input_bf16 = gemm_grad_input_bf16, .round_pairs = round_pairs,
 };
 #endif

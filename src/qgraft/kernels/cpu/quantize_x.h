@@ -34,24 +34,35 @@ ALWAYS_INLINE int place_of(const int format, int j) { return format == ROW_INT4 
 
 #if defined(__AVX2__)
 
+/* 32 integers as bytes, in their order. */
+ALWAYS_INLINE __m256i bytes_of_group(const __m256i code[4]) {
+    const __m256i low = _mm256_packs_epi32(code[0], code[1]), high = _mm256_packs_epi32(code[2], code[3]);
+    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), in_order);
+}
+
+/* In the order of `place_of`. */
+ALWAYS_INLINE __m256i placed(const int format, __m256i bytes) {
+    const __m256i odd_even = _mm256_broadcastsi128_si256(_mm_setr_epi8(1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10, 12, 14));
+    return format == ROW_INT4 ? _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, odd_even), 0xd8) : bytes;
+}
+
+ALWAYS_INLINE void scale_to_integers(const float *x, float inverse, __m256i code[4]) {
+    for (int i = 0; i < 4; i++)
+        code[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(inverse)));
+}
+
 /* 32 numbers -> codes; their sum. */
 ALWAYS_INLINE int round_group(const int format, const float *x, float inverse, int8_t *codes) {
     __m256i code[4];
-    for (int i = 0; i < 4; i++)
-        code[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(inverse)));
-    const __m256i low = _mm256_packs_epi32(code[0], code[1]), high = _mm256_packs_epi32(code[2], code[3]);
-    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), in_order);
+    scale_to_integers(x, inverse, code);
+    const __m256i bytes = bytes_of_group(code);
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
     const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
     __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
     sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
     sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1));
-    if (format == ROW_INT4) {
-        const __m256i odd_even = _mm256_broadcastsi128_si256(_mm_setr_epi8(1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10, 12, 14));
-        bytes = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, odd_even), 0xd8);
-    }
-    _mm256_storeu_si256((__m256i *)codes, bytes);
+    _mm256_storeu_si256((__m256i *)codes, placed(format, bytes));
     return _mm_cvtsi128_si32(sum);
 }
 

@@ -15,8 +15,8 @@
 #include "varlen_attention.h"
 
 /* What every such level has. */
-#define VECTOR_LEVEL(NAME, INT8)                                                                                       \
-    .name = NAME, .unpack_row = unpack_row, .unpack_row_bf16 = unpack_row_bf16, .gemv = gemv,                          \
+#define VECTOR_LEVEL(NAME, GEMV, INT8)                                                                                 \
+    .name = NAME, .unpack_row = unpack_row, .unpack_row_bf16 = unpack_row_bf16, .gemv = GEMV,                          \
     .many = MANY, .block_columns = BLOCK_COLUMNS, .block_tokens = BLOCK_TOKENS, .gemm = gemm,                          \
     .gemm_grad_input = gemm_grad_input, .low_rank = &low_rank, .quantize_x = quantize_x, .gemm_int8 = INT8,            \
     .pointwise = &pointwise, .decoding = &decoding, .attention = &varlen_attention,         \
