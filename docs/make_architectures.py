@@ -47,7 +47,8 @@ and those written from folders, with and without a GGUF-LoRA (`tests/oracle`): l
 which it takes from a table, to 5e-3.
 
 **samples**: whether several share a row in training, or each has a pass of its own. **in C**: whether a step of decoding is
-one call of C; all others decode by transformers' pass with the packed layers in it.
+one call of C; all others decode by transformers' pass with the packed layers in it, and so do files with matrices in f32 or
+experts whose gate and up lie in one tensor, a DoRA and a prefix.
 
 | general.architecture | model_type | read | trained, samples | merged, written | decoded | stored otherwise |
 |---|---|---|---|---|---|---|

@@ -132,3 +132,14 @@ def test_the_readme_counts_the_architectures_of_the_tables(page):
     said = re.search(r"GGUF\D{1,8}(\d+)\D{3,30}(\d+)", (ROOT / page).read_text(encoding="utf-8").replace("\n", " "))
     assert exact is not None and said is not None
     assert said.groups() == (str(len(ARCHITECTURES)), exact[1])
+
+
+@pytest.mark.parametrize("page", ["docs/supported.md", "docs/supported_zh.md"])
+def test_all_architectures_of_the_tables_are_named(page):
+    from qgraft.checkpoints.gguf_rules import ARCHITECTURES
+
+    (row,) = (
+        line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if "umT5" in line and "qwen35" in line
+    )
+    named = re.split(r", |、", re.sub(r" \(.*?\)|（.*?）", "", row.split("|")[2].partition("[")[0]).strip(" :："))
+    assert sorted(named) == sorted(ARCHITECTURES)

@@ -19,7 +19,7 @@ class Tiny(nn.Module):
 
 def test_what_peft_takes_for_experts_is_known() -> None:
     """Of every architecture that transformers lists, PEFT's own reading of the names."""
-    conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
+    conversion = pytest.importorskip("peft.utils.transformers_weight_conversion", exc_type=ImportError)
     taken = set()
     for model_type in CONFIG_MAPPING:
         config = peft.LoraConfig(target_modules=sorted(OF_EXPERTS))
