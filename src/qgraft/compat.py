@@ -3,7 +3,8 @@
     5.24    the keyword of the cache is `cache` in forward(), generate() and in outputs; before it was `past_key_values`
     5.23    gradient checkpointing is called activation checkpointing, of a model and among the options
             "sdpa" refuses capped attention scores (Gemma 2), and such models take "eager"; 5.17 left the cap out, silently
-    5.17    umT5's decoder saw the tokens that it was to predict, and its outputs were scaled whatever config.json said
+    5.17    umT5's decoder saw the tokens that it was to predict, and its outputs were scaled whatever config.json said;
+            so did Doge's, in texts without padding, and decoders that are made of BigBird, Megatron-BERT, RemBERT, RoFormer
 
 Models of our own are written with the new name. `takes_cache` lets a function of theirs be called with either, and shows
 in its signature the one that the installed release asks for: generate() looks there for what a model understands.
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar
 
-from transformers import GenerationMixin, PreTrainedModel, TrainingArguments
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -56,11 +57,21 @@ def cap_scores(model: PreTrainedModel) -> None:
 
 
 def hide_what_comes(model: PreTrainedModel) -> None:
-    """Let umT5's decoder attend to no token behind the one that it reads, as the other T5s' do."""
+    """Let a decoder attend to no token behind the one that it reads: umT5's, as the other T5s' do, and Doge's.
+
+    Doge adds a mask of its own to the causal one, which "sdpa" was given none of in old releases; "eager" always is.
+    """
+    if model.config.model_type == "doge":
+        model.set_attn_implementation("eager")
     if model.config.model_type == "umt5":
         for module in model.modules():
             if getattr(module, "has_relative_attention_bias", False):  # no layer between the halves has one
                 vars(module)["is_causal"] = bool(getattr(module, "is_decoder", False))
+
+
+def reads_ahead(config: PreTrainedConfig) -> bool:
+    """Whether the installed release lets such a decoder attend to what comes, though its configuration says is_decoder."""
+    return CACHE != "cache" and config.model_type in ("big_bird", "megatron-bert", "rembert", "roformer")
 
 
 def asks_for_checkpointing(args: TrainingArguments) -> bool:

@@ -200,7 +200,10 @@ def sees_what_comes(config: PreTrainedConfig) -> bool:
 
     transformers makes a decoder of an encoder that `is_decoder` (XLM: `causal`), and warns of one that is not. Decoders that
     are nothing else may have `is_decoder=False` in their configurations, too: it is read of no other architectures.
+    XLM goes by `causal` alone; to CPM-Ant a whole text is context, and XLNet is told an order in each call.
     """
+    if config.model_type in ("cpmant", "xlnet", "xlm"):
+        return not getattr(config, "causal", False)
     fills_gaps = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(config.model_type, "")  # BART's by an encoder and a decoder
     if not fills_gaps.endswith(("ForMaskedLM", "WithLMHeadModel")) and config.model_type != "bert-generation":
         return False

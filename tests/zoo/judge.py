@@ -48,6 +48,7 @@ def judge(model: PreTrainedModel, folder: Path) -> None:
     packed, _ = qgraft.load(folder / "float", device="cpu", quantize="q8_0")
     reference = dequantized(reference, packed)
     same(logits(packed), logits(reference), "logits, packed")
+    sees_the_past_alone(packed)
     answers_alike(packed, reference)
     written_and_read(packed, folder)
     trains_alike(packed)
@@ -61,6 +62,15 @@ def logits(model: nn.Module) -> Tensor:
 def same(got: Tensor, expected: Tensor, what: str, tolerance: float = 2e-4) -> None:
     off = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
     assert got.shape == expected.shape and off <= tolerance, f"{what}: off by {off:.2g} of the largest"
+
+
+def sees_the_past_alone(model: nn.Module) -> None:
+    """The last token changes nothing of what is said before it."""
+    ids = torch.tensor([ids_of(40, 5)])
+    other = torch.cat([ids[:, :-1], 3 + (ids[:, -1:] + 7) % 100], 1)
+    with torch.no_grad():
+        before, after = (model(each, use_cache=False).logits[:, :-1] for each in (ids, other))
+    same(after, before, "logits before another last token", 1e-5)
 
 
 def dequantized(reference: PreTrainedModel, packed: nn.Module) -> PreTrainedModel:

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from qgraft.adapters.whole import WholeHolder
+from qgraft.compat import reads_ahead
 from qgraft.errors import OptionError, UnsupportedError, worded
 from qgraft.model_parts import (
     CAUSAL,
@@ -112,10 +113,11 @@ def settle_task(config: PreTrainedConfig, task: Task, tokenizer: PreTrainedToken
         writes = SEQUENCE_TO_SEQUENCE if is_encoder_decoder(config) else CAUSAL
         if task.task_type not in (None, writes):
             raise OptionError(f"task_type={wanted!r}: {config.model_type} is loaded for {writes}")
-        if sees_what_comes(config):
+        if sees_what_comes(config) or reads_ahead(config):
+            said = "" if getattr(config, "is_decoder", False) else ", as config.json does not say is_decoder"
             raise UnsupportedError(
-                f"{config.model_type}: an encoder, as config.json does not say is_decoder; it reads a text in both "
-                "directions, and would see the answers that it is to write", hint=f"as a classifier: {_asks()}"
+                f"{config.model_type}: an encoder{said}; it reads a text in both directions, and would see the answers that "
+                "it is to write", hint=f"as a classifier: {_asks()}"
             )  # fmt: skip
         if stated != CAUSAL:
             config.architectures = None
