@@ -19,9 +19,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import logits_process as hf
 
 KEYS = (
     "sequence_bias", "no_repeat_ngram_size", "bad_words_ids", "min_length", "min_new_tokens", "forced_bos_token_id",
@@ -70,22 +70,22 @@ def processors_of(config: GenerationConfig, prompt: int, longest: int, ends: Col
     said = {key: value for key in KEYS if (value := getattr(config, key, None)) is not None}
     stops, found = sorted(ends), list[Any]()
     if biased := said.get("sequence_bias"):
-        found.append(hf.SequenceBiasLogitsProcessor(biased))
+        found.append(transformers.SequenceBiasLogitsProcessor(biased))
     if size := said.get("no_repeat_ngram_size"):
-        found.append(hf.NoRepeatNGramLogitsProcessor(size))
+        found.append(transformers.NoRepeatNGramLogitsProcessor(size))
     if words := said.get("bad_words_ids"):
-        found.append(hf.NoBadWordsLogitsProcessor(words, stops or None))
+        found.append(transformers.NoBadWordsLogitsProcessor(words, stops or None))
     if stops and (least := said.get("min_length")):
-        found.append(hf.MinLengthLogitsProcessor(least, stops))
+        found.append(transformers.MinLengthLogitsProcessor(least, stops))
     if stops and (least := said.get("min_new_tokens")):
-        found.append(hf.MinNewTokensLengthLogitsProcessor(prompt, least, stops))
+        found.append(transformers.MinNewTokensLengthLogitsProcessor(prompt, least, stops))
     if (first := said.get("forced_bos_token_id")) is not None:
-        found.append(hf.ForcedBOSTokenLogitsProcessor(first))
+        found.append(transformers.ForcedBOSTokenLogitsProcessor(first))
     if (last := said.get("forced_eos_token_id")) is not None:
-        found.append(hf.ForcedEOSTokenLogitsProcessor(longest, last))
+        found.append(transformers.ForcedEOSTokenLogitsProcessor(longest, last))
     if stops and (decay := said.get("exponential_decay_length_penalty")) is not None:
-        found.append(hf.ExponentialDecayLengthPenalty(tuple(decay), stops, prompt))
+        found.append(transformers.ExponentialDecayLengthPenalty(tuple(decay), stops, prompt))
     if tokens := said.get("begin_suppress_tokens"):
         begin = prompt if prompt > 1 or first is None else prompt + 1
-        found.append(hf.SuppressTokensAtBeginLogitsProcessor(tokens, begin))
+        found.append(transformers.SuppressTokensAtBeginLogitsProcessor(tokens, begin))
     return found
