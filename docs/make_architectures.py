@@ -23,7 +23,8 @@ What qgraft makes of every causal architecture that transformers {version} lists
 **exact** means, measured by transformers' own model with the same weights: equal logits, from floats and packed in q8_0;
 the same 24 greedy tokens from a prompt longer than its window, with fast decoding on; the same loss and gradients of LoRAs
 on three samples of 7 to 40 tokens, packed in one row where the architecture keeps them apart, else one by one; equal
-logits after saving and loading again; nothing that is said of a token hangs on those behind it. Layers that are known to compute x W^T + b hold packed weights; experts, routers,
+logits after saving and loading again; nothing that is said of a token hangs on those behind it. Layers that are known to
+compute x W^T + b hold packed weights; experts, routers,
 convolutions and layers whose weights an architecture reads itself stay floats, and take no LoRA.
 **refused** means that loading or training ends in that error. **not tried** means that no tiny model of the kind could be
 made, or that transformers' own fails, so nothing is claimed.
