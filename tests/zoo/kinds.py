@@ -65,6 +65,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "roc_bert": {
         "pronunciation_vocab_size": 50, "shape_vocab_size": 50, "shape_embed_dim": 16, "pronunciation_embed_dim": 16,
     },
+    "xlm": {"causal": True},
     "zamba2": {"layer_types": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
