@@ -18,9 +18,9 @@ from qgraft.data.tokenizing import ChatGlmOptions, encode_conversation, encode_p
 from qgraft.errors import DataError, OptionError, StorageError, UnsupportedError
 from qgraft.training import predict as predict_module
 from qgraft.training import scores as scores_module
-from qgraft.training.arguments import arguments_from_dict
+from qgraft.training.arguments import TrainArguments, arguments_from_dict
 from qgraft.training.held_out import evaluate_held_out
-from qgraft.training.predict import answer_rows, generation_settings, predict, takes_padding
+from qgraft.training.predict import answer_rows, check_results, generation_settings, predict, takes_padding
 from qgraft.training.scores import SCORES, mean_scores, score
 
 ROOT = Path(__file__).parents[2]
@@ -368,3 +368,11 @@ def test_lengths_of_chatglms_scripts_are_refused_for_other_tokenizers(tiny_gguf,
 def test_impossible_numbers_are_refused(tmp_path, options, expected):
     with pytest.raises(OptionError, match=expected):
         arguments(tmp_path, **options)
+
+
+def test_an_output_dir_that_cannot_be_made_is_found_out_before_anything_is_answered(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"cannot write .*file/out: Not a directory"):
+        check_results(TrainArguments(output_dir=str(tmp_path / "file" / "out"), do_train=False, do_eval=True), "x")
+    check_results(TrainArguments(output_dir=str(tmp_path / "out"), do_train=False, do_eval=True), "x")
+    assert not (tmp_path / "out").exists()

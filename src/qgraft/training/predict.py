@@ -163,10 +163,12 @@ def check_predicting(args: TrainArguments, dataset: Dataset | None = None, *, sp
 
 
 def check_results(args: TrainArguments, *names: str) -> None:
-    """Raise StorageError where output_dir is a file, or holds one of these files and may not be overwritten."""
+    """Raise StorageError where output_dir cannot be written to, or holds one of these files and may not be overwritten."""
     folder = Path(str(args.output_dir))
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"output_dir {folder} is a file, expected a folder")
+    if storage.make_folder(folder):  # it could be made
+        storage.remove_if_empty(folder)
     if (there := [name for name in names if (folder / name).exists()]) and not args.overwrite_output_dir:
         raise StorageError(f"output_dir {folder} holds {', '.join(there)} already",
                            hint=f"choose another folder, or {option('overwrite_output_dir')} to replace it")  # fmt: skip
