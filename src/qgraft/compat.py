@@ -74,6 +74,11 @@ def reads_ahead(config: PreTrainedConfig) -> bool:
     return CACHE != "cache" and config.model_type in ("big_bird", "megatron-bert", "rembert", "roformer")
 
 
+def reads_ahead_by_prefix(config: PreTrainedConfig) -> bool:
+    """Whether the installed release lets such a decoder attend to what comes once it has a prefix (see hide_what_comes)."""
+    return CACHE != "cache" and config.model_type == "doge"
+
+
 def asks_for_checkpointing(args: TrainingArguments) -> bool:
     """Whether these options ask for activations to be computed again in the backward pass, under either name."""
     return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)

@@ -21,7 +21,7 @@ from qgraft.adapters.choose import active_adapters, adapters_off, use_adapter
 from qgraft.adapters.prefix import Geometry, PrefixConfig, PrefixEncoder, encoder_of
 from qgraft.adapters.states import lora_state_dict
 from qgraft.attention import PREFIX
-from qgraft.compat import CACHE, cap_scores
+from qgraft.compat import CACHE, cap_scores, hide_what_comes, reads_ahead_by_prefix
 from qgraft.data.batches import IGNORED, collate
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
@@ -723,3 +723,18 @@ def test_attention_in_some_layers_only() -> None:
     assert prefixes_of(model).geometry == Geometry((1,), 2, 8)
     assert not torch.allclose(logits(model, ids), base)
     assert torch.equal(generate(model, ids), generate(model, ids, use_cache=False))
+
+
+def test_no_token_sees_what_comes_where_layers_have_a_mask_of_their_own() -> None:
+    """Doge's, in old releases, is given the prefix's as if there were none; then it is refused."""
+    torch.manual_seed(0)
+    model = transformers.DogeForCausalLM(transformers.DogeConfig(**SHAPE)).eval()
+    hide_what_comes(model)
+    if reads_ahead_by_prefix(model.config):
+        with pytest.raises(UnsupportedError, match="would see those behind them"):
+            attach_prefix(model, pre_seq_len=3)
+        return
+    attach_prefix(model, pre_seq_len=3)
+    with torch.no_grad():
+        one, other = model(torch.tensor([[7, 8, 9, 10], [7, 8, 9, 11]])).logits[:, 2]
+    assert torch.equal(one, other)

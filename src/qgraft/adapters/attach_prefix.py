@@ -25,7 +25,7 @@ from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.prefix import HOME, Geometry, PrefixConfig, PrefixEncoder, Prefixes
 from qgraft.adapters.selection import BatchRows, Selection
 from qgraft.attention import PREFIX, SAMPLES, Prefix, attention_of, record_attention
-from qgraft.compat import given_cache
+from qgraft.compat import given_cache, reads_ahead_by_prefix
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
 from qgraft.model_parts import argument_names, context_of, decoder_of, hears, vision_of
 
@@ -73,6 +73,12 @@ def attach_encoder(
         raise UnsupportedError(
             f"a prefix cannot go on {type(model).__name__}, which {'sees images' if vision_of(model) else 'hears'}",
             hint="train a LoRA: finetuning_type lora",
+        )
+    if reads_ahead_by_prefix(model.config):
+        raise UnsupportedError(
+            f"a prefix cannot go on {type(model).__name__}: with this release of transformers its tokens would see those "
+            "behind them",
+            hint="install a newer transformers, or train a LoRA: finetuning_type lora",
         )
     check_new_name(model, name)
     selection_of(model).check_free()
