@@ -236,7 +236,7 @@ def twice_named():
         ("a.jsonl.gz", b"\x1f\x8b", "a compressed file, expected rows\\nhint: unpack it: gunzip -k a.jsonl.gz"),
         (
             "a.jsonl",
-            gzip.compress(b"{}"),
+            gzip.compress(b"{}", mtime=0),
             "hint: it is compressed: call it a.jsonl.gz and unpack it with gunzip",
         ),
         ("a.ndjson", b"{}", "hint: call it .jsonl"),
