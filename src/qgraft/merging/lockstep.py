@@ -45,7 +45,7 @@ from qgraft.passes.beginnings import Row, multiplicities, row_of
 from qgraft.passes.log_probs import sharing_arguments
 from qgraft.shared_prompts import SharedPrompts
 
-JUDGING_TOKENS = 384  # that judge each step of each layer
+JUDGING_TOKENS = 512  # that judge each step of each layer
 _NO_INPUTS = "method nearest and method grid need no inputs"
 
 
