@@ -4,7 +4,8 @@
     5.23    gradient checkpointing is called activation checkpointing, of a model and among the options
             "sdpa" refuses capped attention scores (Gemma 2), and such models take "eager"; 5.17 left the cap out, silently
     5.17    umT5's decoder saw the tokens that it was to predict, and its outputs were scaled whatever config.json said;
-            so did Doge's, in texts without padding, and decoders that are made of BigBird, Megatron-BERT, RemBERT, RoFormer
+            so did Doge's, in texts without padding, and decoders that are made of BigBird, Megatron-BERT, RemBERT, RoFormer;
+            attention in chunks counted them from the beginning of a row, over the borders of its samples
 
 Models of our own are written with the new name. `takes_cache` lets a function of theirs be called with either, and shows
 in its signature the one that the installed release asks for: generate() looks there for what a model understands.
@@ -74,9 +75,14 @@ def reads_ahead(config: PreTrainedConfig) -> bool:
     return CACHE != "cache" and config.model_type in ("big_bird", "megatron-bert", "rembert", "roformer")
 
 
-def reads_ahead_by_prefix(config: PreTrainedConfig) -> bool:
+def counts_chunks_over_samples(config: PreTrainedConfig) -> bool:
+    """Whether the installed release takes the samples of a row for one where attention goes by chunks (Llama 4)."""
+    return CACHE != "cache" and "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
+
+
+def reads_ahead_by_prefix(config: PreTrainedConfig | None) -> bool:
     """Whether the installed release lets such a decoder attend to what comes once it has a prefix (see hide_what_comes)."""
-    return CACHE != "cache" and config.model_type == "doge"
+    return CACHE != "cache" and getattr(config, "model_type", None) == "doge"
 
 
 def asks_for_checkpointing(args: TrainingArguments) -> bool:

@@ -245,14 +245,10 @@ def mixes_neighbours(model: PreTrainedModel) -> bool:
 
     Attention is told where samples begin, and such layers are not: transformers' code passes it over, and some kernels
     that it may use instead do not. How far it reaches (three tokens, in LFM2) may be too little for a trial to see. So may
-    be how many tokens it takes until Llama 4's temperature changes, which goes by the number of tokens before in the row;
-    and its attention in chunks, which transformers 5.17 counts from the beginning of the row.
+    be how many tokens it takes until Llama 4's temperature changes, which goes by the number of tokens before in the row.
     """
-    text = model.config.get_text_config()
-    return (
-        keeps_state(model)
-        or "chunked_attention" in (getattr(text, "layer_types", None) or ())
-        or any(isinstance(module, nn.Conv1d) or _counts_the_row(module) for module in decoder_of(model).modules())
+    return keeps_state(model) or any(
+        isinstance(module, nn.Conv1d) or _counts_the_row(module) for module in decoder_of(model).modules()
     )
 
 

@@ -74,7 +74,7 @@ def resources(kernel: Any, level: int) -> tuple[int, int, int, bool]:
     )
 
 
-def cases(formats: tuple[str, ...]) -> Iterator[Case]:
+def cases(formats: tuple[str, ...], experts: bool) -> Iterator[Case]:
     """Each kernel as it is launched for a model of 7 billion weights."""
     for format in formats:
         size, run, units = triton_ops.UNITS[format]
@@ -102,7 +102,8 @@ def cases(formats: tuple[str, ...]) -> Iterator[Case]:
         yield (f"few rows {format}", triton_experts.few_kernel, shared | few,
                same | {"BN": some_rows, "NU": some_units, "ADD": True}, warps)  # fmt: skip
     yield from decoding_cases()
-    yield from expert_cases()
+    if experts:
+        yield from expert_cases()
     wide = {"BLOCK": 4096, "EXACT": False}
     norm = {"x": "*bf16", "w": "*bf16", "y": "*bf16", "r": "*fp32", "H": 4096, "eps": "fp32"}
     yield "norm", triton_rows.norm_kernel, norm, wide | {"KNOWN": False}, 8
@@ -174,12 +175,13 @@ def expert_cases() -> Iterator[Case]:
 
 
 def main(words: list[str]) -> int:
-    """0 where all is well. Each word is a level, with all formats or with those behind a colon."""
+    """0 where all is well. Each word is a level, with all kernels; or with those of the formats behind a colon, and of
+    experts where it ends in `:experts`."""
     bad = 0
     for word in words:
-        number, _, formats = word.partition(":")
+        number, formats, more = (*word.split(":"), "", "")[:3]
         level, wanted = int(number), tuple(formats.split(",")) if formats else tuple(triton_ops.UNITS)
-        for name, kernel, arguments, constants, warps in cases(wanted):
+        for name, kernel, arguments, constants, warps in cases(wanted, experts=not formats or more == "experts"):
             registers, spilled, shared, cores = resources(compiled(kernel, arguments, constants, warps, level), level)
             wrong = (
                 bool(spilled) or shared > SHARED[level] or (name.startswith("experts") and "bf16" in name and not cores)

@@ -41,5 +41,11 @@ def test_whole_models_under_the_interpreter() -> None:
 
 
 def test_kernels_compile_without_spills(tmp_path: Path) -> None:
-    """One format of each kind, and the kernels of rows; of all formats with `compile_triton.py 80 90 120`."""
-    run(str(HERE / "compile_triton.py"), "80:q4_k", "90:q4_1,q6_k", "120:q4_k", TRITON_CACHE_DIR=str(tmp_path))
+    """One format of each kind, and the kernels of rows; all with `compile_triton.py 80 90 120`."""
+    run(str(HERE / "compile_triton.py"), "80:q4_k", "90:q4_1:experts", "120:q6_k", TRITON_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.slow
+def test_kernels_of_experts_compile_for_every_generation(tmp_path: Path) -> None:
+    words = ("80:q4_k:experts", "90:q4_k:experts", "120:q4_k:experts")
+    run(str(HERE / "compile_triton.py"), *words, TRITON_CACHE_DIR=str(tmp_path))

@@ -74,7 +74,7 @@ def attach_encoder(
             f"a prefix cannot go on {type(model).__name__}, which {'sees images' if vision_of(model) else 'hears'}",
             hint="train a LoRA: finetuning_type lora",
         )
-    if reads_ahead_by_prefix(model.config):
+    if reads_ahead_by_prefix(getattr(model, "config", None)):
         raise UnsupportedError(
             f"a prefix cannot go on {type(model).__name__}: with this release of transformers its tokens would see those "
             "behind them",

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from qgraft.adapters.base import selection_of
 from qgraft.attention import attending, attention_of
+from qgraft.compat import counts_chunks_over_samples
 from qgraft.errors import UnsupportedError
 from qgraft.linear import computing
 from qgraft.model_parts import computed_dtype, context_of, decoder_of, has_decoder, mixes_neighbours
@@ -44,6 +45,8 @@ def why_not_batched(model: PreTrainedModel) -> str | None:
         return f"{name} has no decoder that is told positions"
     if mixes_neighbours(model):
         return f"{name} keeps a state instead of keys and values"
+    if counts_chunks_over_samples(model.config):
+        return f"{name}: this release of transformers counts chunks of attention over all texts of a pass"
     if by_length(model):
         return f"{name}: rotations depend on the longest text of a pass"
     memory = KeyValues((max(map(max, _BLOCKS)) + 1) * BLOCK)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qgraft.attention import PREFIX, SAMPLES, attending, attention_of
+from qgraft.compat import counts_chunks_over_samples
 from qgraft.data.batches import IGNORED, Batch, collate, split_batch
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
@@ -163,7 +164,7 @@ def _found_out(model: PreTrainedModel, batch: Batch, mixed: bool) -> tuple[bool,
     parts = split_batch(batch, budget=0)
     expected = [_own_losses(model, part) for part in parts]
 
-    mixed = mixed or mixes_neighbours(model)
+    mixed = mixed or mixes_neighbours(model) or counts_chunks_over_samples(model.config)
 
     def packed() -> bool:
         return not mixed and _agrees(model, batch, expected)

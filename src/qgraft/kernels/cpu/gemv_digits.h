@@ -4,9 +4,10 @@
  *     y = sum over groups:  d * step * (integer sum of q * x / step)  +  m * (sum of x)
  *
  * This is what gemm_int8.h sums, with three vpdpbusd instead of one for 64 products, where floats take four conversions and four
- * multiply-adds besides; places in codebooks are looked up as floats as fast. The largest |x| of a group is 2^21 to 2^22 steps (2^20 to 2^21 for codes of 8 bits, or 32 bits would not
- * hold four products): a number of x is off by at most 2^-22 (2^-21) of it, about what rounding the sums of floats comes to. Numbers
- * below 2^-100 in a whole group count as zero. x that is not finite is left to the loops of floats.
+ * multiply-adds besides; places in codebooks are looked up as floats as fast. The largest |x| of a group is 2^21 to 2^22 steps
+ * (2^20 to 2^21 for codes of 8 bits, or 32 bits would not hold four products): a number of x is off by at most 2^-22 (2^-21)
+ * of it, about what rounding the sums of floats comes to. Numbers below 2^-100 in a whole group count as zero. x that is not
+ * finite is left to the loops of floats.
  */
 
 #ifndef QGRAFT_GEMV_DIGITS_H
