@@ -10,13 +10,15 @@ Not chosen: torch's grouped_mm. It is for bfloat16, and on most GPUs reads the b
 """
 
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qgraft.formats import PackedTensor, slice_rows
-from qgraft.kernels import triton_experts, triton_ops
+from qgraft.kernels import triton_ops
 from qgraft.kernels.cuda_graphs import power_of_two
 from qgraft.kernels.experts import ExpertTerm, Pair, Projection, Rows
 from qgraft.kernels.summed_lora import cast_kept, unpacked_weight
@@ -107,7 +109,7 @@ def _product(
         x, w_ENK, y, bounds, rows.tokens, first, last, count, N, K, x.stride(0), *w_ENK.stride(), *y.stride(),
     )  # fmt: skip
     constants = {"EP": power_of_two(max(2, count)), "BM": BM, "BN": BN, "BK": BK, "ADD": add, "SOME": some}
-    _launch(triton_experts.grouped_kernel, (-(-N // BN), -(-len(x) // BM) + count, 1), arguments, constants, warps)
+    _launch(_experts().grouped_kernel, (-(-N // BN), -(-len(x) // BM) + count, 1), arguments, constants, warps)
 
 
 def _outer(a: Tensor, b: Tensor, scaling: float, rows: Rows, term: ExpertTerm) -> Tensor:
@@ -119,7 +121,7 @@ def _outer(a: Tensor, b: Tensor, scaling: float, rows: Rows, term: ExpertTerm) -
         a, b, out, rows.bounds, rows.tokens, term.start, term.stop, float(scaling), M, N, a.stride(0), b.stride(0),
     )  # fmt: skip
     constants = {"BM": BM, "BN": BN, "BK": BK, "SOME": not _serves_all(term, rows)}
-    _launch(triton_experts.outer_kernel, (-(-N // BN), -(-M // BM), experts), arguments, constants, warps)
+    _launch(_experts().outer_kernel, (-(-N // BN), -(-M // BM), experts), arguments, constants, warps)
     return out
 
 
@@ -138,7 +140,7 @@ def _few(x: Tensor, stack: PackedTensor, experts: int, y: Tensor, rows: Rows, ad
         "NU": some_units,
         "ADD": add,
     }
-    _launch(triton_experts.few_kernel, (-(-out // some_rows), len(x), 1), arguments, constants, warps)
+    _launch(_experts().few_kernel, (-(-out // some_rows), len(x), 1), arguments, constants, warps)
 
 
 def _tile(M: int, N: int, K: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -153,3 +155,10 @@ def _launch(
 ) -> None:
     if all(grid):
         triton_ops.launch(kernel, grid, arguments, {**constants, "EXACT": triton_ops.interpreted()}, warps)
+
+
+@cache
+def _experts() -> ModuleType:
+    from qgraft.kernels import triton_experts
+
+    return triton_experts
