@@ -5,8 +5,8 @@
 Wanting is a merge that keeps less of the adapter's gain than TARGET on rows that it has not seen, or that is further from
 the adapter's model on unrelated text than a tenth of what that itself is from the base. Rounds end where the rows that judge
 say that one did harm, or where one brought little of what is wanted and there are no rows of the task that none has seen: new
-rows say most (1,012 long answers of which the layers saw 4,000 tokens: three rounds on these kept 96.3 %, on others 97.8 %, by
-exact LoRAs of rank 8).
+rows say most (1,012 long answers of which the layers saw 4,000 tokens: three rounds, by exact LoRAs of rank 8, kept 96.3 % on
+these and 97.8 % on others).
 
 Where there are no held-out rows, those that measured are rows that the adapter was trained on. They may hold what no other
 row says: the opening hours of a shop are not learned from its prices. So a merge that was wanting on them learns from
