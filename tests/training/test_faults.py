@@ -12,7 +12,7 @@ DRIVER = Path(__file__).with_name("faults.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
 
 
-@pytest.mark.parametrize("first, count", [(0, 8), pytest.param(8, 292, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first, count", [(0, 15), pytest.param(15, 285, marks=pytest.mark.slow)])
 def test_a_run_that_something_befell_ends_as_if_nothing_had(first: int, count: int) -> None:
     done = subprocess.run(
         [sys.executable, str(DRIVER), str(first), str(count)],
