@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qgraft.data.batches import IGNORED, Batch, neighbours
+from qgraft.data.batches import IGNORED, Batch, collate, label_weights, neighbours
 from qgraft.data.label_samples import LabelSample, collate_texts
 from qgraft.data.label_schemes import SEVERAL
 from qgraft.data.tokenizing import Sample
@@ -139,16 +139,7 @@ class _Row:
 
     @classmethod
     def of(cls, samples: Sequence[Sample], share: bool) -> "_Row":
-        weights = None
-        if any(sample.weights is not None for sample in samples):
-            each = [
-                (sample.weights or [1.0] * sample.length)[at]
-                for sample in samples
-                for at, label in enumerate(sample.labels)
-                if at and label != IGNORED
-            ]
-            weights = torch.tensor(each, dtype=torch.float32)
-        return cls(lay_out_samples(samples, share), weights)
+        return cls(lay_out_samples(samples, share), label_weights(collate(samples)))
 
 
 @dataclass(frozen=True)
